@@ -1,0 +1,39 @@
+# make race    find the best recipe for a digit recogniser (makes .venv first)
+# make test    formatter check, linter, types, doctests, tests
+# make slow    the tests that take minutes
+# make faults  kill -9 and damaged files at full count
+# make clean   remove .venv and caches (not runs/)
+
+PYTHON ?= python3
+BIN := .venv/bin
+TASK ?= digits-cnn
+TESTS ?= not slow and not faults
+
+.PHONY: race test check slow faults clean
+
+race: .venv/has-tasks
+	$(BIN)/downslope race $(TASK) --out runs/$(TASK)
+
+test: check
+	$(BIN)/pytest -n 2 --dist loadgroup -m '$(TESTS)'
+
+check: .venv/has-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+slow: .venv/has-dev
+	$(BIN)/pytest -m 'slow and not faults'
+
+faults: .venv/has-dev
+	$(BIN)/pytest -m faults --timeout 0
+
+# A stamp says which extra .venv holds; it is older than what it was made from when that changed.
+.venv/has-%: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$*]'
+	touch $@
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
