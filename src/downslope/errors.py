@@ -1,0 +1,41 @@
+"""What goes wrong, told apart by whose fault it is.
+
+A fault of the input ends in one sentence and exit code 2, a fault of the user's own code in that code's own
+traceback and exit code 1. Whatever else escapes is a fault of ours.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class DownslopeError(Exception):
+    """Whatever downslope raises on purpose."""
+
+    exit_code = 1
+
+
+class BadInput(DownslopeError, ValueError):  # noqa: N818  the sentence reads "bad input: …"
+    """The input is wrong: one sentence saying what was given, what is allowed, and the nearest right thing.
+
+    >>> raise BadInput("lr must be at least 0, got -0.1.")
+    Traceback (most recent call last):
+    downslope.errors.BadInput: lr must be at least 0, got -0.1.
+    """
+
+    exit_code = 2
+
+
+class UserCodeError(DownslopeError):
+    """The user's own code raised; `__cause__` is what it raised, with its own traceback."""
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """The tail of a sentence that suggests the allowed word nearest to `word`; empty if none is near.
+
+    >>> nearest("momentun", ["lr", "momentum"])
+    " Did you mean 'momentum'?"
+    >>> nearest("xyz", ["lr", "momentum"])
+    ''
+    """
+    matches = get_close_matches(word, list(allowed), n=1)
+    return f" Did you mean {matches[0]!r}?" if matches else ""

@@ -1,0 +1,30 @@
+import pytest
+
+from downslope.errors import BadInput, DownslopeError, UserCodeError, nearest
+
+
+def test_bad_input_is_a_value_error_and_ours() -> None:
+    assert issubclass(BadInput, ValueError)
+    assert issubclass(BadInput, DownslopeError)
+    assert not issubclass(UserCodeError, ValueError)
+
+
+def test_exit_codes_tell_whose_fault_it_is() -> None:
+    assert (BadInput.exit_code, UserCodeError.exit_code) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("word", "allowed", "tail"),
+    [
+        ("weight_deacy", ("lr", "weight_decay"), " Did you mean 'weight_decay'?"),
+        ("adm", ("adam", "adamw", "sgd"), " Did you mean 'adam'?"),
+        ("zzz", ("adam", "sgd"), ""),
+        ("adam", (), ""),
+    ],
+)
+def test_nearest_suggests_one_word_or_nothing(word: str, allowed: tuple[str, ...], tail: str) -> None:
+    assert nearest(word, allowed) == tail
+
+
+def test_nearest_takes_any_iterable() -> None:
+    assert nearest("lrr", {"lr": 0.1}) == nearest("lrr", iter(["lr"])) == " Did you mean 'lr'?"
