@@ -1,0 +1,130 @@
+"""The border to code that is not ours: loading it, and telling whose fault it was."""
+
+import hashlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from types import CodeType, ModuleType
+
+from downslope.errors import BadInput, UserCodeError, nearest
+from downslope.tasks.definition import Task
+from downslope.tasks.entry import Entry
+
+_HIDDEN = (str(Path(__file__).resolve().parents[1]), "<frozen importlib", contextmanager.__code__.co_filename)
+_loaded: dict[str, tuple[Path, str]] = {}
+"""Which file, with which SHA-256, stands behind a module name that was registered here."""
+
+
+@contextmanager
+def guest(what: str) -> Iterator[None]:
+    """Runs the user's code: whatever it raises, `sys.exit` included, becomes the cause of a UserCodeError.
+
+    >>> with guest("the loss"):
+    ...     1 / 0
+    Traceback (most recent call last):
+    downslope.errors.UserCodeError: the loss raised ZeroDivisionError: division by zero
+    """
+    try:
+        yield
+    except UserCodeError:
+        raise
+    except (Exception, SystemExit) as error:
+        said = str(error).strip().split("\n")[0]
+        raise UserCodeError(f"{what} raised {type(error).__name__}{': ' + said if said else ''}") from error
+
+
+def frames(error: BaseException) -> str:
+    """The traceback of what the user's code raised, as Python prints it, without this package's frames."""
+    cause = error.__cause__ if isinstance(error, UserCodeError) and error.__cause__ else error
+    report = traceback.TracebackException.from_exception(cause)
+    part: traceback.TracebackException | None = report
+    while part is not None:
+        theirs = [frame for frame in part.stack if not frame.filename.startswith(_HIDDEN)]
+        part.stack = traceback.StackSummary.from_list(theirs)
+        part = part.__cause__ or part.__context__
+    return "".join(report.format())
+
+
+def load(address: str, seed: int = 0) -> Task:
+    """The task that `path/to/file.py:function` returns; the function gets `seed` if it has such a parameter.
+
+    The file's folder joins `sys.path` and the module is registered under the file's own name, so that spawned
+    workers find its classes. Raises BadInput for a wrong address or a result that is no Task, UserCodeError
+    for what the code raises.
+    """
+    own = Entry(address).own
+    if own is None:
+        raise BadInput(f"A task of your own is written path/to/file.py:function, got {address!r}.")
+    module, path, sha256 = _module(own[0])
+    function = _function(module, own[1], path)
+    with guest(f"The task function {own[1]!r} of {path.name}"):
+        seeded = "seed" in inspect.signature(function).parameters
+        made = function(seed=seed) if seeded else function()
+    if not isinstance(made, Task):
+        raise BadInput(f"{path.name}:{own[1]} must return a downslope.Task, got {type(made).__name__}.")
+    return replace(made, name=made.name or own[1], entry=Entry(f"{path}:{own[1]}", seed, sha256))
+
+
+class _Bytes(SourceFileLoader):
+    """Runs the very bytes that were hashed; a cached .pyc could be older than the file."""
+
+    source: bytes = b""
+
+    def get_code(self, fullname: str) -> CodeType:
+        code: CodeType = self.source_to_code(self.source, self.path)
+        return code
+
+
+def _module(file: str) -> tuple[ModuleType, Path, str]:
+    path = Path(file).expanduser().resolve()
+    try:
+        source = path.read_bytes()
+    except OSError as error:
+        raise BadInput(f"The task file {file} cannot be read: {error.strerror}.") from None
+    name, sha256 = path.stem, hashlib.sha256(source).hexdigest()
+    if not name.isidentifier():
+        raise BadInput(
+            f"A task file must be named like a Python module, letters, digits and _, got {path.name!r}."
+        )
+    if _loaded.get(name) == (path, sha256):
+        return sys.modules[name], path, sha256
+    if name not in _loaded and (name in sys.modules or name in sys.stdlib_module_names):
+        raise BadInput(f"The task file {path.name} is named like the module {name!r}; give it another name.")
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    loader = _Bytes(name, str(path))
+    loader.source = source
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+    assert spec is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        with guest(f"The task file {path.name}"):
+            loader.exec_module(module)
+    except UserCodeError:
+        del sys.modules[name]
+        _loaded.pop(name, None)
+        raise
+    _loaded[name] = (path, sha256)
+    return module, path, sha256
+
+
+def _function(module: ModuleType, name: str, path: Path) -> Callable[..., object]:
+    found: Callable[..., object] | None = getattr(module, name, None)
+    if callable(found):
+        return found
+    own = [
+        key
+        for key, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__
+    ]
+    if found is not None:
+        raise BadInput(f"{name!r} of {path.name} is not a function but a {type(found).__name__}.")
+    raise BadInput(
+        f"{path.name} has no function {name!r}.{nearest(name, own)} It has: {', '.join(own) or 'none'}."
+    )
