@@ -1,0 +1,109 @@
+"""What generated kernels are compiled with: flags, a pointer, an order-free sum, and a cache in the user's own folder."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import stat
+import sys
+import types
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import llvmlite.binding
+import numba
+from numba import njit
+from numba.core import cgutils
+from numba.core import types as numba_types
+from numba.extending import intrinsic
+
+# A rule with three slots touches five arrays; LLVM's default gives up proving them apart, and with that its vector code.
+llvmlite.binding.set_option("downslope", "-runtime-memory-check-threshold=128")
+
+
+def jit(signature: str) -> Callable[[Callable[..., Any]], Any]:
+    """Compile at once, without the GIL and without flags that assume away NaN and infinity; division by zero is not an error."""
+    return cast(
+        Callable[[Callable[..., Any]], Any],
+        njit(signature, nogil=True, error_model="numpy", cache=_caching, boundscheck=False),
+    )
+
+
+@njit(fastmath={"reassoc"}, inline="never")  # type: ignore[misc]
+def accumulate(total, term):  # type: ignore[no-untyped-def]
+    """total + term, in any order: only this addition may be reordered, which lets LLVM keep several sums at once."""
+    return total + term
+
+
+@intrinsic  # type: ignore[misc]
+def pointer(typing_context, address):  # type: ignore[no-untyped-def]
+    """An address as a pointer that carray takes."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return numba_types.voidptr(numba_types.int64), generate
+
+
+_caching = False
+
+
+def cache_folder() -> Path | None:
+    """The folder of compiled kernels: `$DOWNSLOPE_CACHE`, else `downslope/kernels` in the user's cache; None if it is not safe.
+
+    Numba's cache is read back as code, so the folder must belong to this user and be writable to nobody else. Without one,
+    kernels live in memory and are compiled anew in every process.
+    """
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(os.environ.get("DOWNSLOPE_CACHE") or Path(root) / "downslope" / "kernels")
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        found = folder.lstat()
+    except OSError:
+        return None
+    mine = not hasattr(os, "getuid") or found.st_uid == os.getuid()
+    alone = sys.platform == "win32" or not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return folder if stat.S_ISDIR(found.st_mode) and mine and alone and os.access(folder, os.W_OK) else None
+
+
+@cache
+def load(text: str) -> Callable[..., None]:
+    """The function `kernel` of a generated module, from the cache if it was compiled before on this machine."""
+    global _caching
+    stamp = f"{text}\n{numba.__version__}\n{sys.version}".encode()
+    name = f"kernel_{hashlib.sha256(stamp).hexdigest()[:24]}"
+    folder = cache_folder()
+    module = None
+    if folder is not None:
+        _caching = True
+        try:
+            module = _from_file(name, text, folder / f"{name}.py")
+        except (
+            Exception
+        ):  # a full disk, a damaged cache: no reason not to train, and a real fault shows again below
+            module = None
+        finally:
+            _caching = False
+    return cast(Callable[..., None], (module or _from_memory(name, text)).kernel)
+
+
+def _from_file(name: str, text: str, path: Path) -> types.ModuleType:
+    if not path.exists() or path.read_text() != text:
+        draft = path.with_suffix(f".{os.getpid()}.tmp")
+        draft.write_text(text)
+        draft.replace(path)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # numba looks the module up by name when it reads its cache back
+    spec.loader.exec_module(module)
+    return module
+
+
+def _from_memory(name: str, text: str) -> types.ModuleType:
+    module = types.ModuleType(name)
+    exec(compile(text, f"<{name}>", "exec"), module.__dict__)
+    return module

@@ -1,0 +1,237 @@
+"""The CPU executor: parameters of one dtype, walked chunk by chunk by compiled code on as many threads as torch has."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from downslope.kernels.source import FIXED, columns, runs, source
+from downslope.rules.trace import Program, Stage
+
+CHUNK = 32_768
+"""Numbers per row of the table. Fixed, so that sums do not depend on the number of threads."""
+
+SERIAL = 131_072
+"""Up to this many numbers one thread is faster than the hand-over to a second."""
+
+DTYPES = {torch.float32: ("float32", np.float32), torch.float64: ("float64", np.float64)}
+
+_is_contiguous = Tensor.is_contiguous
+_data_ptr = Tensor.data_ptr
+_grad = torch.Tensor.grad.__get__  # type: ignore[attr-defined]
+_dtype = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
+
+
+class _Worker:
+    """A thread that waits for one job at a time; two bare locks hand over in a third of the time a future takes."""
+
+    def __init__(self) -> None:
+        self.start, self.done = threading.Lock(), threading.Lock()
+        self.start.acquire()
+        self.done.acquire()
+        self.job: Callable[[], None] = lambda: None
+        self.fault: BaseException | None = None
+        threading.Thread(target=self._serve, name="downslope-kernel", daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            self.start.acquire()
+            try:
+                self.job()
+            except BaseException as fault:  # handed to the thread that waits
+                self.fault = fault
+            self.done.release()
+
+    def begin(self, job: Callable[[], None]) -> None:
+        """Run `job`; `wait` must follow."""
+        self.job, self.fault = job, None
+        self.start.release()
+
+    def wait(self) -> None:
+        """Until the job is done; raises what it raised."""
+        self.done.acquire()
+        self.job = lambda: None
+        if self.fault is not None:
+            raise self.fault
+
+
+class _Threads:
+    """Threads of our own: compiled code runs without the GIL, so plain threads do, and no threading layer can abort.
+
+    In a forked child the threads are gone; there everything runs on the calling thread.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.workers: list[_Worker] = []
+        self.forked = False
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._after_fork)
+
+    def _after_fork(self) -> None:
+        self.lock, self.workers, self.forked = threading.Lock(), [], True
+
+    def run(self, kernel: Callable[..., None], arrays: tuple[NDArray[Any], ...], cuts: Sequence[int]) -> None:
+        """Run `kernel` over consecutive ranges of rows, `cuts[i]` to `cuts[i + 1]`, one a thread."""
+        with self.lock:
+            if len(cuts) == 2 or self.forked:
+                kernel(*arrays, cuts[0], cuts[-1])
+                return
+            while len(self.workers) < len(cuts) - 2:
+                self.workers.append(_Worker())
+            busy = self.workers[: len(cuts) - 2]
+            for worker, first, last in zip(busy, cuts[1:], cuts[2:], strict=False):
+                worker.begin(functools.partial(kernel, *arrays, first, last))
+            try:
+                kernel(*arrays, cuts[0], cuts[1])
+            finally:
+                for worker in busy:
+                    worker.wait()
+
+
+_threads = _Threads()
+
+
+def takes(parameter: Tensor) -> bool:
+    """Whether this executor can step the parameter: float32 or float64 in plain, dense memory of this machine."""
+    if (
+        parameter.device.type != "cpu"
+        or parameter.dtype not in DTYPES
+        or parameter.is_conj()
+        or parameter.is_neg()
+    ):
+        return False
+    return parameter.is_contiguous() or _is_dense(parameter)
+
+
+def can(program: Program) -> bool:
+    """Whether every stage of the program can be compiled."""
+    return all(runs(stage) for stage in program.stages)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    expected = 1
+    for stride, size in sorted(
+        (st, sz) for st, sz in zip(tensor.stride(), tensor.shape, strict=True) if sz != 1
+    ):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+class CpuBucket:
+    """Parameters of one dtype as a table: a row per chunk, with its length, its row of scalars and its pointers."""
+
+    def __init__(
+        self,
+        program: Program,
+        parameters: Sequence[Tensor],
+        slots: Sequence[Mapping[str, Tensor]],
+        index: Sequence[int],
+    ) -> None:
+        self.parameters, self.slots = (
+            list(parameters),
+            list(slots),
+        )  # held, so that no pointer outlives its memory
+        self.index = np.array(index, dtype=np.int64)
+        self.name, self.type = DTYPES[self.parameters[0].dtype]
+        self.names = tuple(program.slots)
+        self.contiguous = all(map(_is_contiguous, self.parameters))
+        self.kernels: dict[int, Callable[..., None]] = {}
+        self.gradients: list[Tensor] = []
+        sizes = np.array([parameter.numel() for parameter in self.parameters], dtype=np.int64)
+        chunks = -(-sizes // CHUNK)
+        self.owner = np.repeat(np.arange(len(sizes)), chunks)
+        start = (np.arange(len(self.owner)) - np.repeat(np.cumsum(chunks) - chunks, chunks)) * CHUNK
+        self.lengths = np.minimum(CHUNK, sizes[self.owner] - start)
+        self.offsets = start * self.type().itemsize
+        self.table = np.zeros((len(self.owner), FIXED + len(columns(self.names))), dtype=np.int64)
+        self.table[:, 0], self.table[:, 1] = self.lengths, self.owner
+        self.pointers = self._pointers(self.parameters)
+        self.table[:, FIXED + 1] = self.pointers[self.owner] + self.offsets
+        for place, name in enumerate(self.names):
+            self.table[:, FIXED + 2 + place] = (
+                self._pointers([slot[name] for slot in slots])[self.owner] + self.offsets
+            )
+        self.everyone = self.active = np.ones(len(sizes), dtype=bool)
+        self.serial = int(sizes.sum()) <= SERIAL
+        self.reach = np.cumsum(self.lengths)
+
+    @staticmethod
+    def _pointers(tensors: Sequence[Tensor]) -> NDArray[np.int64]:
+        return np.fromiter(map(_data_ptr, tensors), np.int64, len(tensors))
+
+    def stale(self) -> bool:
+        """Whether a parameter's memory moved since the table was made (`p.data = …`, `module.to(…)`)."""
+        return not np.array_equal(self._pointers(self.parameters), self.pointers)
+
+    def gather(self) -> NDArray[np.bool_]:
+        """Point the table at this step's gradients; a row without one gets length 0. Which parameters have one."""
+        gradients = list(map(_grad, self.parameters))
+        active = self.everyone
+        try:
+            pointers = self._pointers(gradients)
+        except TypeError:  # some have none
+            active = np.array([gradient is not None for gradient in gradients])
+            gradients = [p if g is None else g for p, g in zip(self.parameters, gradients, strict=True)]
+            pointers = self._pointers(gradients)
+        if active is not self.active:
+            self.table[:, 0] = np.where(active[self.owner], self.lengths, 0)
+            self.active = active
+        if not self._plain(gradients):
+            gradients = [self._alike(p, g) for p, g in zip(self.parameters, gradients, strict=True)]
+            pointers = self._pointers(gradients)
+        self.gradients = gradients
+        self.table[:, FIXED] = pointers[self.owner] + self.offsets
+        return active
+
+    def _plain(self, gradients: list[Tensor]) -> bool:
+        return (
+            self.contiguous
+            and all(map(_is_contiguous, gradients))
+            and {*map(_dtype, gradients)} == {self.parameters[0].dtype}
+        )
+
+    @staticmethod
+    def _alike(parameter: Tensor, gradient: Tensor) -> Tensor:
+        if gradient.stride() == parameter.stride() and gradient.dtype == parameter.dtype:
+            return gradient
+        return torch.empty_like(parameter, requires_grad=False).copy_(gradient)
+
+    def reduce(
+        self, stage: Stage, scalars: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Partial results of the stage's reductions, one row a chunk, and the parameter that each row belongs to."""
+        partials = np.zeros((len(self.owner), len(stage.reductions)))
+        self._run(stage, scalars, partials)
+        return partials, self.index[self.owner]
+
+    def apply(self, stage: Stage, scalars: NDArray[np.float64]) -> None:
+        """Write the new weights and slots, and say so to autograd."""
+        self._run(stage, scalars, np.zeros((len(self.owner), 0)))
+        torch.autograd.graph.increment_version(self.parameters)
+
+    def _run(self, stage: Stage, scalars: NDArray[np.float64], partials: NDArray[np.float64]) -> None:
+        if id(stage) not in self.kernels:
+            from downslope.kernels.compiled import (
+                load,
+            )  # numba takes half a second to import: only who steps pays it
+
+            self.kernels[id(stage)] = load(source(stage, self.names, self.name))
+        with np.errstate(over="ignore"):
+            rows = np.ascontiguousarray(scalars[self.index], dtype=self.type)
+        threads = 1 if self.serial else torch.get_num_threads()
+        cuts = [0, len(self.owner)]
+        if threads > 1:
+            shares = np.arange(1, threads) * (self.reach[-1] / threads)
+            cuts = [0, *np.searchsorted(self.reach, shares).tolist(), len(self.owner)]
+        _threads.run(self.kernels[id(stage)], (self.table, rows, partials), cuts)

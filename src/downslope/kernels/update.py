@@ -1,0 +1,165 @@
+"""One step over all parameters: gather gradients, fold scalars, run the stages, and keep the guard."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from downslope.errors import BadInput
+from downslope.kernels import cpu
+from downslope.kernels.eager import EagerBucket, combine
+from downslope.rules.trace import Node, Program, Stage, fold
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A step that was not made: the parameters whose gradient holds a NaN or an infinity."""
+
+    names: tuple[str, ...]
+
+
+class Bucket(Protocol):
+    """Parameters that one executor steps together."""
+
+    index: NDArray[np.int64]
+    gradients: list[Tensor]
+
+    def stale(self) -> bool: ...
+    def gather(self) -> NDArray[np.bool_]: ...
+    def reduce(self, stage: Stage, scalars: Floats) -> tuple[Floats, NDArray[np.int64]]: ...
+    def apply(self, stage: Stage, scalars: Floats) -> None: ...
+
+
+class Update:
+    """A program over a fixed list of parameters, each with its slots. Executors are chosen by device, dtype and layout."""
+
+    def __init__(
+        self,
+        program: Program,
+        parameters: Sequence[Tensor],
+        slots: Sequence[Mapping[str, Tensor]],
+        groups: Sequence[int],
+        executor: str = "auto",
+    ) -> None:
+        self.program = program
+        self.sizes = np.array([parameter.numel() for parameter in parameters], dtype=np.float64)
+        self.groups = np.array(groups, dtype=np.int64)
+        unsupported = next((node for node in program.nodes if ":" in node.word_name), None)
+        if unsupported is not None:
+            raise BadInput(f"{program.name}: no executor has {unsupported.word_name!r} yet.")
+        self.inputs = [node for node in program.nodes if node.word_name in ("number", "t", "step", "count")]
+        members: dict[object, list[int]] = {}
+        compiled = executor != "eager" and cpu.can(program)
+        for i, parameter in enumerate(parameters):
+            alike = all(
+                slot.stride() == parameter.stride() and slot.dtype == parameter.dtype
+                for slot in slots[i].values()
+            )
+            kind = parameter.dtype if compiled and alike and cpu.takes(parameter) else "eager"
+            members.setdefault(kind, []).append(i)
+        self.buckets: list[Bucket] = []
+        for kind, index in members.items():
+            make = EagerBucket if kind == "eager" else cpu.CpuBucket
+            self.buckets.append(
+                make(program, [parameters[i] for i in index], [slots[i] for i in index], index)
+            )  # type: ignore[arg-type]
+
+    def stale(self) -> bool:
+        """Whether memory moved under a bucket, so that the update must be made anew."""
+        return any(bucket.stale() for bucket in self.buckets)
+
+    def gather(self) -> NDArray[np.bool_]:
+        """Look up the gradients of this step; which parameters have one."""
+        active = np.zeros(len(self.sizes), dtype=bool)
+        for bucket in self.buckets:
+            active[bucket.index] = bucket.gather()
+        return active
+
+    def run(
+        self, numbers: Floats, t: NDArray[np.int64], step: int, active: NDArray[np.bool_]
+    ) -> NDArray[np.int64] | None:
+        """Apply the step to what `gather` found. None, or, where the guard stopped it with nothing written, the culprits.
+
+        `numbers` has a row per entry of `program.numbers` and a column per parameter; `t` counts the updates of each
+        parameter and `step` those of the run, this one included.
+        """
+        known = self._known(numbers, t, step, active)
+        for stage in self.program.stages:
+            scalars = np.zeros((len(self.sizes), len(stage.scalars)))
+            for place, value in enumerate(fold(stage.scalars, known)):
+                scalars[:, place] = value
+            if stage.stores:
+                for bucket in self.buckets:
+                    bucket.apply(stage, scalars)
+                break
+            self._reduce(stage, scalars, known)
+            guard = self.program.gradient_norm
+            if guard is not None and guard in known and not np.isfinite(known[guard]).all():
+                culprits = self._culprits()
+                if len(culprits):
+                    self.release()
+                    return culprits
+        self.release()
+        return None
+
+    def release(self) -> None:
+        """Let go of the gradients."""
+        for bucket in self.buckets:
+            bucket.gradients = []
+
+    def _known(
+        self, numbers: Floats, t: NDArray[np.int64], step: int, active: NDArray[np.bool_]
+    ) -> dict[Node, Any]:
+        known: dict[Node, Any] = {}
+        for node in self.inputs:
+            if node.word_name == "number":
+                known[node] = numbers[self.program.numbers.index(node.payload)]
+            elif node.word_name == "t":
+                known[node] = t.astype(np.float64)
+            elif node.word_name == "step":
+                known[node] = np.float64(step)
+            else:
+                known[node] = self._within(node.payload, self.sizes * active)
+        return known
+
+    def _within(self, over: str, values: Floats) -> Floats:
+        if over == "tensor":
+            return values
+        if over == "all":
+            return np.full(len(values), values.sum())
+        return np.bincount(self.groups, values)[self.groups]
+
+    def _reduce(self, stage: Stage, scalars: Floats, known: dict[Node, Any]) -> None:
+        parts = [bucket.reduce(stage, scalars) for bucket in self.buckets]
+        values, owners = (
+            np.concatenate([part[0] for part in parts]),
+            np.concatenate([part[1] for part in parts]),
+        )
+        for place, node in enumerate(stage.reductions):
+            column = values[:, place]
+            if node.payload == "all":
+                known[node] = np.full(len(self.sizes), combine(node.word_name, column))
+                continue
+            scope = owners if node.payload == "tensor" else self.groups[owners]
+            order = np.argsort(scope, kind="stable")
+            found, first = np.unique(scope[order], return_index=True)
+            sums = np.zeros(len(self.sizes))
+            sums[found] = [combine(node.word_name, part) for part in np.split(column[order], first[1:])]
+            known[node] = sums if node.payload == "tensor" else sums[self.groups]
+
+    def _culprits(self) -> NDArray[np.int64]:
+        bad = [
+            int(i)
+            for bucket in self.buckets
+            for i, gradient in zip(bucket.index, bucket.gradients, strict=True)
+            if gradient is not None and not bool(torch.isfinite(gradient).all())
+        ]
+        return np.array(sorted(bad), dtype=np.int64)

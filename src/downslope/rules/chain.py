@@ -1,0 +1,179 @@
+"""Chains: links and rules one after the other, as one pure function from gradient and weight to the new weight."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+from downslope.errors import BadInput
+from downslope.rules.rule import Part, Rule, Setting
+from downslope.rules.slot import Slot, State, Step
+
+Key: TypeAlias = tuple[str, int | None]
+"""Where a number lives in a param group: its name, and its index if it is one of several (betas)."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Parts in the order in which the gradient meets them: links, a rule, links behind it, links on the weight.
+
+    Numbers are flat, as in torch's param groups: "lr", "betas", "max_norm". Where two parts have a number or slot of one
+    name, the later one's is called "part.name". `renamed` gives numbers other public names: {("l2", "l2"): "weight_decay"}.
+    """
+
+    parts: tuple[Part, ...]
+    renamed: Mapping[tuple[str, str], str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        rules = [part for part in self.parts if part.rule.kind == "rule"]
+        if not rules:
+            names = ", ".join(part.name for part in self.parts) or "nothing"
+            raise BadInput(f"a chain needs a rule, such as sgd() or adamw(); only {names} was given.")
+        if sum("lr" in part.given for part in rules) > 1:
+            raise BadInput("a chain has one learning rate; lr was given to more than one of its rules.")
+        if any(part.rule.gradients != 1 or part.rule.every != 1 for part in self.parts):
+            raise BadInput("rules that need several gradients or programs per step are not supported yet.")
+        self._check_order()
+
+    def _check_order(self) -> None:
+        weight, whole, metric = None, None, True
+        for part in self.parts:
+            if part.rule.kind != "weight":
+                if weight is not None:
+                    raise BadInput(
+                        f"{part.name} cannot stand behind {weight}, which acts on the weight after the step."
+                    )
+                if whole is not None:
+                    raise BadInput(
+                        f"{part.name} cannot stand behind {whole}, which returns the whole step; put it before."
+                    )
+                whole = part.name if "lr" in part.rule.context else None
+                metric = metric and part.rule.metric is not None
+            else:
+                weight = part.name
+                if "effective" in part.rule.context and not metric:
+                    culprit = next(p.name for p in self.parts if p.rule.metric is None)
+                    raise BadInput(
+                        f"{part.name} cannot stand behind {culprit}, which has no effective step to scale its threshold; "
+                        "use a rule with a metric, such as adamw or momentum."
+                    )
+
+    @property
+    def name(self) -> str:
+        """The parts' names, such as "clip_norm > adamw"."""
+        return " > ".join(part.name for part in self.parts)
+
+    @property
+    def lr(self) -> Setting:
+        """The learning rate: the one that was given, else the first rule's default."""
+        rules = [part for part in self.parts if part.rule.kind == "rule"]
+        return next((part.given["lr"] for part in rules if "lr" in part.given), rules[0].rule.numbers["lr"])
+
+    @property
+    def keys(self) -> tuple[Mapping[str, Key], ...]:
+        """For each part, where each argument of its body lives in a param group."""
+        taken: set[str] = set()
+        found = []
+        for part in self.parts:
+            public = {}
+            for name in part.rule.numbers:
+                if name == "lr":
+                    continue
+                key = self.renamed.get((part.name, name), name)
+                public[name] = key if key not in taken else f"{part.name}.{key}"
+                if public[name] in taken:
+                    raise BadInput(
+                        f"{part.name} stands twice in the chain {self.name}; give each of its numbers once."
+                    )
+            taken.update(public.values())
+            found.append({argument: _key(argument, public) for argument in part.rule.arguments})
+        return tuple(found)
+
+    @property
+    def defaults(self) -> dict[str, Setting]:
+        """The numbers of a param group, lr first."""
+        numbers: dict[str, Setting] = {"lr": self.lr}
+        for part, keys in zip(self.parts, self.keys, strict=True):
+            for argument, (key, index) in keys.items():
+                numbers[key] = part.numbers["betas" if index is not None else argument]
+        return numbers
+
+    @property
+    def slots(self) -> dict[str, tuple[int, Slot]]:
+        """State by its public name: the part that keeps it, and the slot."""
+        found: dict[str, tuple[int, Slot]] = {}
+        for index, part in enumerate(self.parts):
+            for slot in part.rule.slots:
+                found[slot.name if slot.name not in found else f"{part.name}.{slot.name}"] = (index, slot)
+        return found
+
+    def apply(
+        self,
+        g: Any,
+        p: Any,
+        slots: Mapping[str, Any],
+        number: Callable[[Key], Any],
+        *,
+        t: Any,
+        step: Any,
+    ) -> tuple[Any, dict[str, Any]]:
+        """The new weight and the new state, from whatever kind of Value is given; `number` looks up hyperparameters."""
+        lr, update, metric, rated = number(("lr", None)), g, 1.0, False
+        weight, after = None, dict(slots)
+        for index, (part, keys) in enumerate(zip(self.parts, self.keys, strict=True)):
+            names = {slot.name: public for public, (owner, slot) in self.slots.items() if owner == index}
+            state = State({name: slots[public] for name, public in names.items()})
+            context = {"t": t, "step": step, "lr": lr, "effective": None}
+            if part.rule.kind == "weight":
+                context["effective"] = lr * metric
+            keywords = {name: context[name] for name in part.rule.context}
+            keywords |= {argument: number(key) for argument, key in keys.items()}
+            if part.rule.kind == "weight":
+                weight = p - (update if rated else lr * update) if weight is None else weight
+                weight = part.rule.body(weight, state, **keywords)
+            else:
+                out = part.rule.body(update, p, state, **keywords)
+                step_out = (
+                    out if isinstance(out, Step) else Step(out, None if part.rule.kind == "rule" else 1.0)
+                )
+                update, rated = step_out.direction, "lr" in part.rule.context
+                metric = None if metric is None or step_out.metric is None else metric * step_out.metric
+            after.update({names[name]: value for name, value in state.values().items()})
+        if weight is None:
+            weight = p - (update if rated else lr * update)
+        return weight, after
+
+    def __repr__(self) -> str:
+        return f"chain({', '.join(map(repr, self.parts))})"
+
+
+def _key(argument: str, public: Mapping[str, str]) -> Key:
+    match = re.fullmatch(r"beta(\d)", argument)
+    return (public["betas"], int(match[1]) - 1) if match else (public[argument], None)
+
+
+def chain(*parts: Part | Rule | Chain) -> Chain:
+    """Links and rules in the order in which the gradient meets them, as one rule: one pass over memory, whatever is in it.
+
+    Raises BadInput where an order makes no sense, such as a proximal link behind a rule without an effective step.
+
+    >>> import downslope as ds
+    >>> ds.chain(ds.clip_norm(1.0), ds.adam(lr=3e-4), ds.decay(0.1))
+    chain(clip_norm(max_norm=1.0), adam(lr=0.0003), decay(weight_decay=0.1))
+    """
+    return Chain(tuple(_flatten(parts)))
+
+
+def _flatten(parts: Iterable[Any]) -> Iterable[Part]:
+    for part in parts:
+        if isinstance(part, Chain):
+            yield from part.parts
+        elif isinstance(part, Rule):
+            yield Part(part, MappingProxyType({}))
+        elif isinstance(part, Part):
+            yield part
+        else:
+            raise BadInput(f"a chain is made of rules and links, such as adamw(lr=1e-3); {part!r} was given.")
