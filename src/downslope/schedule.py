@@ -43,7 +43,7 @@ def duration(value: object, name: str = "steps") -> Duration:
     >>> duration("500 steps"), duration("3epochs"), duration("10%")
     (500, '3 epochs', '10 %')
     """
-    if isinstance(value, Integral) and type(value) is not bool and 0 <= int(value) <= _LONGEST:
+    if isinstance(value, int | Integral) and not isinstance(value, bool) and 0 <= int(value) <= _LONGEST:
         return int(value)
     if isinstance(value, str) and (match := _TEXT.fullmatch(value)):
         number, unit = format(Decimal(match[1]).normalize(), "f"), match[2]
