@@ -1,0 +1,1 @@
+"""Race: find the best recipe for a task."""
