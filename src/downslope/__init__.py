@@ -1,6 +1,76 @@
 """Finds, runs and proves the optimisation strategy of a PyTorch model.
 
 >>> import downslope as ds
+>>> ds.chain(ds.clip_norm(1.0), ds.adamw(lr=ds.cosine(3e-4, steps=10_000, warmup=500))).name
+'clip_norm > adamw'
 """
 
+from downslope.dropin import SGD, Adagrad, Adam, AdamW, Lion, Momentum, Nesterov, RMSprop
+from downslope.errors import BadInput, DownslopeError, UserCodeError
+from downslope.groups import groups
+from downslope.optimizer import Optimizer
+from downslope.rules import Chain, Part, Rule, Slot, Step, chain, link, links, rule, rules
+from downslope.rules.catalogue import (
+    adagrad,
+    adam,
+    adam_uncorrected,
+    adamw,
+    lion,
+    momentum,
+    nesterov,
+    rmsprop,
+    rmsprop_centered,
+    sgd,
+)
+from downslope.rules.links import clip_norm, clip_value, decay, l1, l2
+from downslope.schedule import Schedule, constant, cosine, exponential, linear, step, wsd
+
 __version__ = "0.1.0.dev0"
+
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "BadInput",
+    "Chain",
+    "DownslopeError",
+    "Lion",
+    "Momentum",
+    "Nesterov",
+    "Optimizer",
+    "Part",
+    "RMSprop",
+    "Rule",
+    "Schedule",
+    "Slot",
+    "Step",
+    "UserCodeError",
+    "adagrad",
+    "adam",
+    "adam_uncorrected",
+    "adamw",
+    "chain",
+    "clip_norm",
+    "clip_value",
+    "constant",
+    "cosine",
+    "decay",
+    "exponential",
+    "groups",
+    "l1",
+    "l2",
+    "linear",
+    "link",
+    "links",
+    "lion",
+    "momentum",
+    "nesterov",
+    "rmsprop",
+    "rmsprop_centered",
+    "rule",
+    "rules",
+    "sgd",
+    "step",
+    "wsd",
+]

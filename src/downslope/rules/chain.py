@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from downslope.errors import BadInput
@@ -172,7 +171,7 @@ def _flatten(parts: Iterable[Any]) -> Iterable[Part]:
         if isinstance(part, Chain):
             yield from part.parts
         elif isinstance(part, Rule):
-            yield Part(part, MappingProxyType({}))
+            yield Part(part, {})
         elif isinstance(part, Part):
             yield part
         else:

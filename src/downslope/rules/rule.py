@@ -6,7 +6,6 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Literal, Protocol, TypeAlias
 
 from downslope.errors import BadInput, nearest
@@ -62,7 +61,7 @@ class Rule:
         for name in numbers:
             if name in given:
                 raise BadInput(f"{self.name}: {name} was given twice")
-        return Part(self, MappingProxyType({**given, **numbers}))
+        return Part(self, {**given, **numbers})
 
     @property
     def summary(self) -> str:
@@ -184,7 +183,7 @@ def rule(
     def make(body: Callable[..., Any]) -> Rule:
         numbers, arguments, context = _numbers(body)
         declared = tuple(Slot(slot) if isinstance(slot, str) else slot for slot in slots)
-        frozen = MappingProxyType({"lr": lr, **numbers})
+        frozen = {"lr": lr, **numbers}
         return Rule(name or body.__name__, "rule", body, declared, frozen, arguments, context, source, rates)
 
     return make
@@ -207,7 +206,7 @@ def link(
             after,
             body,
             declared,
-            MappingProxyType(numbers),
+            numbers,
             arguments,
             context,
             source,
