@@ -18,9 +18,9 @@ NAMES = [str(path.relative_to(SRC / "downslope")) for path in FILES]
 
 FLOORS = {
     "errors": 0,
-    "rules": 1, "schedule": 1, "journal": 1, "folder": 1,
+    "rules": 1, "schedule": 1, "journal": 1, "folder": 1, "toml": 1,
     "kernels": 2,
-    "groups": 3, "optimizer": 3,
+    "dropin": 3, "groups": 3, "optimizer": 3, "state": 3,
     "recipe": 4,
     "tasks": 5,
     "train": 6,

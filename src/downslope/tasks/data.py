@@ -26,17 +26,19 @@ def checked(data: object, part: str) -> Data:
     """`data` as the package reads it; BadInput names the `part` (train, valid, test) that is not samples."""
     if isinstance(data, TensorDataset):
         data = data.tensors
-    if isinstance(data, tuple) and data and all(isinstance(column, Tensor) for column in data):
-        lengths = [column.shape[0] if column.ndim else 0 for column in data]
+    if (
+        isinstance(data, tuple)
+        and data
+        and all(isinstance(column, Tensor) and column.ndim for column in data)
+    ):
+        lengths = [column.shape[0] for column in data]
         if len(set(lengths)) > 1:
             raise BadInput(f"The tensors of {part!r} must have equal first dimensions, got {lengths}.")
-    elif not (hasattr(data, "__len__") and hasattr(data, "__getitem__")) or isinstance(
-        data, Tensor | tuple | str
+    elif isinstance(data, Tensor | tuple | str) or not (
+        hasattr(data, "__len__") and hasattr(data, "__getitem__")
     ):
-        raise BadInput(
-            f"{part!r} must be a tuple of tensors, such as (inputs, targets), or a map-style Dataset, "
-            f"got {type(data).__name__}."
-        )
+        allowed = "a tuple of tensors, items first, such as (inputs, targets), or a map-style Dataset"
+        raise BadInput(f"{part!r} must be {allowed}, got {type(data).__name__}.")
     if size(data) == 0:
         raise BadInput(f"{part!r} holds no samples.")
     return data

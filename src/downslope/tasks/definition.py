@@ -54,7 +54,7 @@ class Task:
 
     `train`, `valid`, `test` are tuples of tensors of one first dimension, fed as whole batches, or map-style
     datasets. `valid` chooses; `test`, which may be None, is only reported. `metric(model, batch)` is a mean
-    over items too; without one it is the loss. `target` is where the metric counts as solved, `reference` says
+    over items too; without it the loss is. `target` is where the metric counts as solved, `reference` says
     what was measured, and how. Raises BadInput for what is none of this.
 
     >>> import torch
