@@ -16,9 +16,7 @@ _L2 = {("l2", "l2"): "weight_decay"}
 def _refuse(name: str, unknown: dict[str, Any], known: tuple[str, ...]) -> None:
     for keyword in unknown:
         if keyword in ("foreach", "fused", "capturable", "differentiable"):
-            raise BadInput(
-                f"{name} takes no {keyword!r}: the executor is chosen by device and dtype, and all give the same numbers."
-            )
+            raise BadInput(f"{name} takes no {keyword!r}: the executor is chosen by device and dtype.")
         raise BadInput(
             f"{name} has no {keyword!r}.{nearest(keyword, list(known))} Allowed: {', '.join(known)}."
         )
@@ -29,7 +27,9 @@ def _after_l2(part: Part, weight_decay: Any) -> Chain:
 
 
 class SGD(Optimizer):
-    """`torch.optim.SGD`: plain, with momentum, or with Nesterov's; weight_decay is L2. Numbers may follow schedules."""
+    """`torch.optim.SGD`: plain, with momentum, or with Nesterov's; weight_decay is L2. Numbers may follow
+    schedules.
+    """
 
     def __init__(
         self,
@@ -87,7 +87,9 @@ class Adagrad(Optimizer):
 
 
 class RMSprop(Optimizer):
-    """`torch.optim.RMSprop`, centred and with momentum where asked; weight_decay is L2. Numbers may follow schedules."""
+    """`torch.optim.RMSprop`, centred and with momentum where asked; weight_decay is L2. Numbers may follow
+    schedules.
+    """
 
     def __init__(
         self,
@@ -109,7 +111,9 @@ class RMSprop(Optimizer):
 
 
 class Adam(Optimizer):
-    """`torch.optim.Adam`; weight_decay is L2 (use AdamW for decoupled decay). Numbers may follow schedules."""
+    """`torch.optim.Adam`; weight_decay is L2 (use AdamW for decoupled decay). Numbers may follow
+    schedules.
+    """
 
     def __init__(
         self,

@@ -1,4 +1,6 @@
-"""Roles: what each parameter is to its module, from the module's type, so that decay or rates can differ by role."""
+"""Roles: what each parameter is to its module, from the module's type, so that decay or rates can differ by
+role.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 ROLES = ("matrix", "conv", "embedding", "norm", "bias", "scale", "other")
-"""matrix: weights of linear, recurrent, attention layers; scale: a vector that multiplies; other: everything unknown."""
+"""matrix: weights of linear, recurrent, attention layers; scale: a vector that multiplies; other: everything
+unknown.
+"""
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _MATRICES = (nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
@@ -56,7 +60,8 @@ class Groups:
 
 
 def groups(model: nn.Module) -> Groups:
-    """The role of every parameter of `model`, by the type of the module that holds it; a tied weight counts once.
+    """The role of every parameter of `model`, by the type of the module that holds it; a tied weight counts
+    once.
 
     A weight shared by an embedding and an output layer is an embedding, whichever comes first.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -40,10 +40,11 @@ _FOREIGN = (
 class Optimizer(torch.optim.Optimizer):
     """Steps the parameters of a model by a chain, in one pass over memory.
 
-    Args: a model, its `named_parameters()`, parameters, or param group dicts, which may override any number of the chain;
-    a chain, part or rule; `guard`: skip a step whose gradients hold a NaN or an infinity (`skipped` then names them).
-    `group["lr"]` is the live number: what is written there counts for the next step; a schedule writes the one after.
-    `group["step"]` counts applied updates and drives schedules; `state[p]["t"]` those that p received. Raises BadInput.
+    Args: a model, its `named_parameters()`, parameters, or param group dicts, which may override any number
+    of the chain; a chain, part or rule; `guard`: skip a step whose gradients hold a NaN or an infinity
+    (`skipped` then names them). `group["lr"]` is the live number: what is written there counts for the next
+    step; a schedule writes the one after. `group["step"]` counts applied updates and drives schedules;
+    `state[p]["t"]` those that p received. Raises BadInput.
 
     >>> import torch, downslope as ds
     >>> model = torch.nn.Linear(3, 1)
@@ -70,7 +71,9 @@ class Optimizer(torch.optim.Optimizer):
         return int(self.param_groups[0]["step"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, with numbers of their own where given. Their schedules are read at the run's step, as all are."""
+        """Add parameters, with numbers of their own where given. Their schedules are read at the run's step,
+        as all are.
+        """
         group = dict(param_group)
         for key in group:
             if key not in self._settings and key not in _FOREIGN:
@@ -92,19 +95,20 @@ class Optimizer(torch.optim.Optimizer):
         self._update = None
 
     def follow(self, number: str, value: Any) -> None:
-        """Let a number of every group follow `value` from now on: a schedule, read at the run's step, or a plain number."""
+        """Let a number of every group follow `value` from now on: a schedule, read at the run's step, or a
+        plain number.
+        """
         if number not in self._settings:
-            allowed = ", ".join(self._settings)
-            raise BadInput(
-                f"{self.chain.name} has no number {number!r}.{nearest(number, list(self._settings))} Allowed: {allowed}."
-            )
+            hint, allowed = nearest(number, list(self._settings)), ", ".join(self._settings)
+            raise BadInput(f"{self.chain.name} has no number {number!r}.{hint} Allowed: {allowed}.")
         check(number, number.split(".")[-1], value, self._settings[number])
         for group, following in zip(self.param_groups, self._following, strict=True):
             _follow(following, group, number, value)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Apply one update to every parameter that has a gradient, and return what `closure`, if given, returned.
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Apply one update to every parameter that has a gradient, and return what `closure`, if given,
+        returned.
 
         Gradients are only read. A parameter without one keeps its weight and state bit for bit.
         """
@@ -128,21 +132,24 @@ class Optimizer(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's form: "state" by integer, "param_groups" with "param_names", and "schedules" as plain data beside them."""
-        packed = cast(dict[str, Any], super().state_dict())
-        for slots in packed["state"].values():
-            slots["t"] = slots[
-                "t"
-            ].clone()  # live counters are views of one vector, which savers of files refuse
+        """torch's form: "state" by integer, "param_groups" with "param_names", and "schedules" as plain data
+        beside them.
+        """
+        packed: dict[str, Any] = super().state_dict()
+        for slots in packed[
+            "state"
+        ].values():  # live counters are views of one vector, which file formats refuse
+            slots["t"] = slots["t"].clone()
         packed["schedules"] = [
             [[key, index, schedule.data()] for (key, index), schedule in following.items()]
             for following in self._following
         ]
         return packed
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
-        """Restore state by parameter name, whatever the order. Numbers and schedules of the checkpoint win, and a warning
-        shows where they differ from the program's. Raises BadInput, with nothing changed, where the two do not fit."""
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore state by parameter name, whatever the order. Numbers and schedules of the checkpoint win,
+        and a warning shows where they differ from the program's. Raises BadInput, with nothing changed, where
+        the two do not fit."""
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
@@ -170,7 +177,9 @@ class Optimizer(torch.optim.Optimizer):
         self._program, self._update = trace(self.chain, guard=self.guard), None
 
     def _ready(self) -> Update | None:
-        """The update over all parameters that have state, made anew when parameters, memory or state moved."""
+        """The update over all parameters that have state, made anew when parameters, memory or state
+        moved.
+        """
         flat = [parameter for group in self.param_groups for parameter in group["params"]]
         fresh = (
             [p for p in flat if p not in self.state and p.grad is not None]
@@ -187,7 +196,9 @@ class Optimizer(torch.optim.Optimizer):
         return self._update
 
     def _primes(self, fresh: list[Tensor]) -> bool:
-        """Whether this step, at rate 0 and with zero gradients, is only meant to create the state (torch's DCP does so)."""
+        """Whether this step, at rate 0 and with zero gradients, is only meant to create the state (torch's
+        DCP does so).
+        """
         idle = all(float(group["lr"]) == 0 for group in self.param_groups)
         return idle and not any(bool(p.grad.count_nonzero()) for p in fresh if p.grad is not None)
 
@@ -229,7 +240,9 @@ class Optimizer(torch.optim.Optimizer):
         return any(a is not b for a, b in zip(now, self._held, strict=True))
 
     def _numbers(self) -> NDArray[np.float64]:
-        """A row per number of the program, a column per parameter; built anew only when a group's numbers changed."""
+        """A row per number of the program, a column per parameter; built anew only when a group's numbers
+        changed.
+        """
         for group, following in zip(self.param_groups, self._following, strict=True):
             if "initial_lr" in group and ("lr", None) in following:
                 raise BadInput(
@@ -245,9 +258,11 @@ class Optimizer(torch.optim.Optimizer):
         if now != self._seen:
             table = np.array(now, dtype=np.float64).reshape(len(now), -1)
             if not np.isfinite(table).all():
-                raise BadInput(
-                    f"a number of the optimizer is not finite: {dict(zip(self._program.numbers, table.T.tolist(), strict=True))}."
-                )
+                found = {
+                    key: column
+                    for (key, _), column in zip(self._program.numbers, table.T.tolist(), strict=True)
+                }
+                raise BadInput(f"a number of the optimizer is not finite: {found}.")
             self._table = np.ascontiguousarray(table.T[:, self._member_groups])
             self._seen = now
         return self._table
@@ -272,9 +287,7 @@ def _listed(parameters: Parameters) -> list[Any]:
     if isinstance(parameters, nn.Module):
         parameters = parameters.named_parameters()
     if isinstance(parameters, Tensor):
-        raise BadInput(
-            "parameters must be a model, a list of tensors or of groups; one tensor was given: put it into a list."
-        )
+        raise BadInput("parameters must be a model, a list of tensors or of groups; one tensor was given.")
     if isinstance(parameters, set):
         raise BadInput("parameters were given as a set, whose order changes between runs; give a list.")
     listed = list(parameters)
@@ -301,11 +314,11 @@ def _admit(parameters: list[Any]) -> None:
         kind = type(parameter)
         if parameter.is_meta:
             raise BadInput(
-                f"{name} is a meta tensor, which has no memory; materialise the model first (to_empty, then load)."
+                f"{name} is a meta tensor, which has no memory; materialise the model first (to_empty)."
             )
         if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and kind not in (Tensor, nn.Parameter):
             raise BadInput(
-                f"{name} is a {kind.__name__}, a tensor subclass without plain memory; only plain tensors can be stepped."
+                f"{name} is a {kind.__name__}, a tensor subclass without plain memory; give plain tensors."
             )
         if parameter.layout is not torch.strided or not parameter.is_floating_point():
             what = str(

@@ -17,7 +17,9 @@ Following: TypeAlias = list[dict[tuple[str, int | None], Schedule]]
 
 @dataclass
 class Restored:
-    """What a checkpoint becomes in this program: state by parameter, numbers and schedules by group, and what differed."""
+    """What a checkpoint becomes in this program: state by parameter, numbers and schedules by group, and what
+    differed.
+    """
 
     state: dict[Tensor, dict[str, Tensor]] = field(default_factory=dict)
     groups: list[dict[str, Any]] = field(default_factory=list)
@@ -32,7 +34,9 @@ def restore(
     state_dict: Mapping[str, Any],
     chain: str,
 ) -> Restored:
-    """Match a `state_dict` to the program's param groups and copy it; nothing is shared with it. Raises BadInput."""
+    """Match a `state_dict` to the program's param groups and copy it; nothing is shared with it. Raises
+    BadInput.
+    """
     if not isinstance(state_dict.get("state"), Mapping) or not isinstance(
         state_dict.get("param_groups"), list
     ):
@@ -51,10 +55,10 @@ def restore(
         ids = [i for group in saved for i in group["params"]]
         if len(ids) != len(own):
             raise BadInput(
-                f"the checkpoint has {len(ids)} parameters and the program {len(own)}; names would tell which."
+                f"the checkpoint has {len(ids)} parameters, the program {len(own)}; names would tell which."
             )
         found.warnings.append(
-            "parameters were matched by order, since names are not known on both sides; pass the model or named_parameters()."
+            "parameters were matched by order, since their names are not known on both sides: pass the model."
         )
     for parameter, identity in zip(own, ids, strict=True):
         entry = state_dict["state"].get(identity)
@@ -82,7 +86,7 @@ def _copy(
 ) -> dict[str, Tensor]:
     if set(entry) != {*slots, "t"}:
         raise BadInput(
-            f"the checkpoint keeps {', '.join(sorted(entry))} for {name}, and {chain} keeps {', '.join([*slots, 't'])}."
+            f"the checkpoint has {', '.join(sorted(entry))} for {name}; {chain} has {', '.join([*slots, 't'])}."
         )
     copied: dict[str, Tensor] = {"t": torch.tensor(int(entry["t"]), dtype=torch.int64)}
     for slot in slots:
@@ -103,7 +107,9 @@ def _numbers(
     schedules: Any,
     found: Restored,
 ) -> None:
-    """The checkpoint's numbers and schedules for each group of the program; groups are matched by their parameters."""
+    """The checkpoint's numbers and schedules for each group of the program; groups are matched by their
+    parameters.
+    """
     home = {identity: place for place, group in enumerate(saved) for identity in group["params"]}
     cursor = iter(ids)
     differences = []

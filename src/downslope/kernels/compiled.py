@@ -1,4 +1,6 @@
-"""What generated kernels are compiled with: flags, a pointer, an order-free sum, and a cache in the user's own folder."""
+"""What generated kernels are compiled with: flags, a pointer, an order-free sum, and a cache in the user's
+own folder.
+"""
 
 from __future__ import annotations
 
@@ -20,25 +22,29 @@ from numba.core import cgutils
 from numba.core import types as numba_types
 from numba.extending import intrinsic
 
-# A rule with three slots touches five arrays; LLVM's default gives up proving them apart, and with that its vector code.
+# A rule with three slots touches five arrays, too many for LLVM to prove apart and vectorise by default.
 llvmlite.binding.set_option("downslope", "-runtime-memory-check-threshold=128")
 
 
 def jit(signature: str) -> Callable[[Callable[..., Any]], Any]:
-    """Compile at once, without the GIL and without flags that assume away NaN and infinity; division by zero is not an error."""
+    """Compile at once, without the GIL and without flags that assume away NaN and infinity; division by zero
+    is not an error.
+    """
     return cast(
-        Callable[[Callable[..., Any]], Any],
+        "Callable[[Callable[..., Any]], Any]",
         njit(signature, nogil=True, error_model="numpy", cache=_caching, boundscheck=False),
     )
 
 
-@njit(fastmath={"reassoc"}, inline="never")  # type: ignore[misc]
+@njit(fastmath={"reassoc"}, inline="never")
 def accumulate(total, term):  # type: ignore[no-untyped-def]
-    """total + term, in any order: only this addition may be reordered, which lets LLVM keep several sums at once."""
+    """total + term, in any order: only this addition may be reordered, which lets LLVM keep several sums at
+    once.
+    """
     return total + term
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def pointer(typing_context, address):  # type: ignore[no-untyped-def]
     """An address as a pointer that carray takes."""
 
@@ -52,10 +58,11 @@ _caching = False
 
 
 def cache_folder() -> Path | None:
-    """The folder of compiled kernels: `$DOWNSLOPE_CACHE`, else `downslope/kernels` in the user's cache; None if it is not safe.
+    """The folder of compiled kernels: `$DOWNSLOPE_CACHE`, else `downslope/kernels` in the user's cache; None
+    if it is not safe.
 
-    Numba's cache is read back as code, so the folder must belong to this user and be writable to nobody else. Without one,
-    kernels live in memory and are compiled anew in every process.
+    Numba's cache is read back as code, so the folder must belong to this user and be writable to nobody else.
+    Without one, kernels live in memory and are compiled anew in every process.
     """
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(os.environ.get("DOWNSLOPE_CACHE") or Path(root) / "downslope" / "kernels")
@@ -71,7 +78,9 @@ def cache_folder() -> Path | None:
 
 @cache
 def load(text: str) -> Callable[..., None]:
-    """The function `kernel` of a generated module, from the cache if it was compiled before on this machine."""
+    """The function `kernel` of a generated module, from the cache if it was compiled before on this
+    machine.
+    """
     global _caching
     stamp = f"{text}\n{numba.__version__}\n{sys.version}".encode()
     name = f"kernel_{hashlib.sha256(stamp).hexdigest()[:24]}"
@@ -87,7 +96,7 @@ def load(text: str) -> Callable[..., None]:
             module = None
         finally:
             _caching = False
-    return cast(Callable[..., None], (module or _from_memory(name, text)).kernel)
+    return cast("Callable[..., None]", (module or _from_memory(name, text)).kernel)
 
 
 def _from_file(name: str, text: str, path: Path) -> types.ModuleType:
@@ -96,7 +105,8 @@ def _from_file(name: str, text: str, path: Path) -> types.ModuleType:
         draft.write_text(text)
         draft.replace(path)
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # numba looks the module up by name when it reads its cache back
     spec.loader.exec_module(module)
@@ -105,5 +115,5 @@ def _from_file(name: str, text: str, path: Path) -> types.ModuleType:
 
 def _from_memory(name: str, text: str) -> types.ModuleType:
     module = types.ModuleType(name)
-    exec(compile(text, f"<{name}>", "exec"), module.__dict__)
+    exec(compile(text, f"<{name}>", "exec"), module.__dict__)  # noqa: S102 - the source was written just above
     return module

@@ -1,4 +1,6 @@
-"""The CPU executor: parameters of one dtype, walked chunk by chunk by compiled code on as many threads as torch has."""
+"""The CPU executor: parameters of one dtype, walked chunk by chunk by compiled code on as many threads as
+torch has.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,14 @@ DTYPES = {torch.float32: ("float32", np.float32), torch.float64: ("float64", np.
 
 _is_contiguous = Tensor.is_contiguous
 _data_ptr = Tensor.data_ptr
-_grad = torch.Tensor.grad.__get__  # type: ignore[attr-defined]
-_dtype = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
+_grad: Callable[[Tensor], Any] = vars(torch._C.TensorBase)["grad"].__get__
+_dtype: Callable[[Tensor], Any] = vars(torch._C.TensorBase)["dtype"].__get__
 
 
 class _Worker:
-    """A thread that waits for one job at a time; two bare locks hand over in a third of the time a future takes."""
+    """A thread that waits for one job at a time; two bare locks hand over in a third of the time a future
+    takes.
+    """
 
     def __init__(self) -> None:
         self.start, self.done = threading.Lock(), threading.Lock()
@@ -64,7 +68,8 @@ class _Worker:
 
 
 class _Threads:
-    """Threads of our own: compiled code runs without the GIL, so plain threads do, and no threading layer can abort.
+    """Threads of our own: compiled code runs without the GIL, so plain threads do, and no threading layer can
+    abort.
 
     In a forked child the threads are gone; there everything runs on the calling thread.
     """
@@ -101,7 +106,9 @@ _threads = _Threads()
 
 
 def takes(parameter: Tensor) -> bool:
-    """Whether this executor can step the parameter: float32 or float64 in plain, dense memory of this machine."""
+    """Whether this executor can step the parameter: float32 or float64 in plain, dense memory of this
+    machine.
+    """
     if (
         parameter.device.type != "cpu"
         or parameter.dtype not in DTYPES
@@ -129,7 +136,9 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 class CpuBucket:
-    """Parameters of one dtype as a table: a row per chunk, with its length, its row of scalars and its pointers."""
+    """Parameters of one dtype as a table: a row per chunk, with its length, its row of scalars and its
+    pointers.
+    """
 
     def __init__(
         self,
@@ -153,7 +162,7 @@ class CpuBucket:
         self.owner = np.repeat(np.arange(len(sizes)), chunks)
         start = (np.arange(len(self.owner)) - np.repeat(np.cumsum(chunks) - chunks, chunks)) * CHUNK
         self.lengths = np.minimum(CHUNK, sizes[self.owner] - start)
-        self.offsets = start * self.type().itemsize
+        self.offsets = start * np.dtype(self.type).itemsize
         self.table = np.zeros((len(self.owner), FIXED + len(columns(self.names))), dtype=np.int64)
         self.table[:, 0], self.table[:, 1] = self.lengths, self.owner
         self.pointers = self._pointers(self.parameters)
@@ -175,7 +184,9 @@ class CpuBucket:
         return not np.array_equal(self._pointers(self.parameters), self.pointers)
 
     def gather(self) -> NDArray[np.bool_]:
-        """Point the table at this step's gradients; a row without one gets length 0. Which parameters have one."""
+        """Point the table at this step's gradients; a row without one gets length 0. Which parameters have
+        one.
+        """
         gradients = list(map(_grad, self.parameters))
         active = self.everyone
         try:
@@ -210,7 +221,9 @@ class CpuBucket:
     def reduce(
         self, stage: Stage, scalars: NDArray[np.float64]
     ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Partial results of the stage's reductions, one row a chunk, and the parameter that each row belongs to."""
+        """Partial results of the stage's reductions, one row a chunk, and the parameter that each row belongs
+        to.
+        """
         partials = np.zeros((len(self.owner), len(stage.reductions)))
         self._run(stage, scalars, partials)
         return partials, self.index[self.owner]

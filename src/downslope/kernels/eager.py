@@ -1,4 +1,6 @@
-"""The eager executor: a program run word by word with torch, on any device and in any floating dtype. It always works."""
+"""The eager executor: a program run word by word with torch, on any device and in any floating dtype. It
+always works.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from downslope.rules.slot import Slot
-from downslope.rules.trace import Class, Node, Program, Stage, Trace, fold
+from downslope.rules.trace import Class, Node, Program, Stage, Trace, constants, fold, scalars
 
 CHUNK = 32_768
-"""Numbers per partial sum: below torch's grain of parallel reduction, so that thread count cannot change the bits."""
+"""Numbers per partial sum: below torch's grain of parallel reduction, so that thread count cannot change the
+bits.
+"""
 
 
 def _maximum(a: Tensor, b: Tensor) -> Tensor:
@@ -51,7 +55,9 @@ TORCH_WORDS: dict[str, Callable[..., Tensor]] = {
     "maximum": _maximum,
     "minimum": _minimum,
 }
-"""The words of the language in torch, equal to `downslope.rules.value.WORDS` for NaN, infinities, -0 and ties too."""
+"""The words of the language in torch, equal to `downslope.rules.value.WORDS` for NaN, infinities, -0 and ties
+too.
+"""
 
 
 def compute_type(dtype: torch.dtype) -> torch.dtype:
@@ -67,7 +73,9 @@ def evaluate(nodes: Sequence[Node], known: dict[Node, Tensor]) -> None:
 
 
 class EagerBucket:
-    """Parameters stepped one by one with torch. `index` are their places among all parameters of the optimizer."""
+    """Parameters stepped one by one with torch. `index` are their places among all parameters of the
+    optimizer.
+    """
 
     def __init__(
         self,
@@ -90,11 +98,13 @@ class EagerBucket:
         return np.array([gradient is not None for gradient in self.gradients])
 
     def reduce(
-        self, stage: Stage, scalars: NDArray[np.float64]
+        self, stage: Stage, columns: NDArray[np.float64]
     ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Partial results of the stage's reductions, one row a chunk, and the parameter that each row belongs to."""
+        """Partial results of the stage's reductions, one row a chunk, and the parameter that each row belongs
+        to.
+        """
         rows, owners = [], []
-        for i, known in self._known(stage, scalars):
+        for i, known in self._known(stage, columns):
             values = [
                 known[node.operands[0]].expand_as(self.parameters[i]).reshape(-1).split(CHUNK)
                 for node in stage.reductions
@@ -111,14 +121,14 @@ class EagerBucket:
             owners, dtype=np.int64
         )
 
-    def apply(self, stage: Stage, scalars: NDArray[np.float64]) -> None:
+    def apply(self, stage: Stage, columns: NDArray[np.float64]) -> None:
         """Write the new weights and slots."""
-        for i, known in self._known(stage, scalars):
+        for i, known in self._known(stage, columns):
             for name, node in stage.stores.items():
                 target = self.parameters[i] if name == "p" else self.slots[i][name]
                 target.copy_(known[node])
 
-    def _known(self, stage: Stage, scalars: NDArray[np.float64]) -> Any:
+    def _known(self, stage: Stage, columns: NDArray[np.float64]) -> Any:
         for i, gradient in enumerate(self.gradients):
             if gradient is None or not gradient.numel():
                 continue
@@ -126,7 +136,7 @@ class EagerBucket:
             arrays = {"g": gradient, "p": self.parameters[i], **self.slots[i]}
             known = {
                 n: torch.tensor(float(v), dtype=dtype)
-                for n, v in zip(stage.scalars, scalars[self.index[i]], strict=True)
+                for n, v in zip(stage.scalars, columns[self.index[i]], strict=True)
             }
             for node in self._leaves(stage):
                 if node.word_name == "constant":
@@ -176,13 +186,13 @@ def initial(slot: Slot, parameter: Tensor, numbers: Mapping[str, float]) -> Tens
         return torch.full_like(parameter, slot.initial, dtype=dtype, requires_grad=False)
     tape = Trace()
     weight = tape.input("input", Class.ELEMENT, "p")
-    value = slot.initial(weight, **numbers)
+    value: Any = slot.initial(weight, **numbers)
     if not isinstance(value, Node):
         return torch.full_like(parameter, float(value), dtype=dtype, requires_grad=False)
     known: dict[Node, Tensor] = {weight: parameter.detach().to(dtype)}
     nodes = list(tape.nodes.values())
-    scalars = [node for node in nodes if node.kind == Class.HOST]
-    for node, scalar in zip(scalars, fold(scalars, {}), strict=True):
-        known[node] = torch.tensor(float(scalar), dtype=dtype)
+    folded = constants(nodes)
+    fold(scalars(nodes), folded)
+    known.update({node: torch.tensor(float(number), dtype=dtype) for node, number in folded.items()})
     evaluate(nodes, known)
     return torch.empty_like(parameter, dtype=dtype, requires_grad=False).copy_(known[value])

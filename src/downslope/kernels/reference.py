@@ -1,4 +1,5 @@
-"""The reference executor: the very source of a chain, called on NumPy float64 arrays. Slow, plain, and the judge of the others.
+"""The reference executor: the very source of a chain, called on NumPy float64 arrays. Slow, plain, and the
+judge of the others.
 
 It never sees a trace, so a fault of tracing, folding or code generation shows as a difference.
 """
@@ -20,7 +21,9 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Arrays(Value):
-    """One array (or number) per parameter, so that a body called once steps them all and reductions may span them."""
+    """One array (or number) per parameter, so that a body called once steps them all and reductions may span
+    them.
+    """
 
     values: tuple[Any, ...]
     sizes: tuple[int, ...]
@@ -34,29 +37,17 @@ class Arrays(Value):
         """The NumPy function of the word, parameter by parameter."""
         columns = [x.values if isinstance(x, Arrays) else (x,) * len(self.values) for x in operands]
         with np.errstate(all="ignore"):
-            return self._of(
-                [
-                    WORDS[name](*map(np.float64, row)) if name != "where" else _where(*row)
-                    for row in zip(*columns, strict=True)
-                ]
-            )
+            return self._of([WORDS[name](*map(np.float64, row)) for row in zip(*columns, strict=True)])
 
     def reduce(self, name: str, over: str) -> Arrays:
         """Sums, sums of squares or largest magnitudes by tensor, group, or over all."""
-        one = {
-            "total": np.sum,
-            "squares": lambda x: np.sum(np.square(x)),
-            "largest": lambda x: np.max(np.abs(x), initial=0),
-        }
+        each = []
         with np.errstate(all="ignore"):
-            each = np.array(
-                [
-                    one[name](np.broadcast_to(v, (n,)) if np.ndim(v) == 0 else v)
-                    for v, n in zip(self.values, self.sizes, strict=True)
-                ]
-            )  # type: ignore[operator]
+            for value, size in zip(self.values, self.sizes, strict=True):
+                whole = np.broadcast_to(value, (size,)) if np.ndim(value) == 0 else value
+                each.append(_reduce(name, np.asarray(whole)))
             join = np.max if name == "largest" else np.sum
-            return self._of([join(each[self._within(i, over)]) for i in range(len(each))])
+            return self._of([join(np.array(each)[self._within(i, over)]) for i in range(len(each))])
 
     def count(self, over: str) -> Arrays:
         """The number of elements in the scope."""
@@ -64,7 +55,7 @@ class Arrays(Value):
             [float(np.sum(np.array(self.sizes)[self._within(i, over)])) for i in range(len(self.sizes))]
         )
 
-    def _within(self, index: int, over: str) -> NDArray[np.bool_]:
+    def _within(self, index: int, over: str) -> Any:
         if over == "all":
             return np.ones(len(self.groups), dtype=bool)
         if over == "group":
@@ -74,8 +65,10 @@ class Arrays(Value):
         raise NotImplementedError(f"no executor reduces over a {over} yet")
 
 
-def _where(condition: Any, a: Any, b: Any) -> Any:
-    return np.where(condition, np.float64(a), np.float64(b))
+def _reduce(name: str, values: Array) -> float:
+    if name == "largest":
+        return float(np.max(np.abs(values), initial=0))
+    return float(np.sum(np.square(values) if name == "squares" else values))
 
 
 def reference_step(
@@ -91,8 +84,8 @@ def reference_step(
 ) -> tuple[list[Array], dict[str, list[Array]]]:
     """One step of `chain` in float64: the new weights and slots, nothing changed in place.
 
-    `numbers(group, key)` looks up a hyperparameter; `t` counts the updates of each parameter, this one included, and `step`
-    those of the run. Slots are per element.
+    `numbers(group, key)` looks up a hyperparameter; `t` counts the updates of each parameter, this one
+    included, and `step` those of the run. Slots are per element.
     """
     within = tuple(groups or [0] * len(weights))
     sizes = tuple(weight.size for weight in weights)

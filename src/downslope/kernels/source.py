@@ -1,4 +1,6 @@
-"""Code generation: a stage of a program becomes the source of one Numba function that walks the table of chunks."""
+"""Code generation: a stage of a program becomes the source of one Numba function that walks the table of
+chunks.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ def columns(slots: Sequence[str]) -> tuple[str, ...]:
 
 
 def source(stage: Stage, slots: Sequence[str], dtype: str) -> str:
-    """The text of a module whose `kernel(table, scalars, partials, first, last)` runs `stage` on chunks first to last - 1."""
+    """The text of a module whose `kernel(table, scalars, partials, first, last)` runs `stage` on chunks first
+    to last - 1.
+    """
     column = {name: FIXED + place for place, name in enumerate(columns(slots))}
     names: dict[Node, str] = {}
     lines: list[str] = []

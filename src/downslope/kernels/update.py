@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from downslope.errors import BadInput
 from downslope.kernels import cpu
 from downslope.kernels.eager import EagerBucket, combine
-from downslope.rules.trace import Node, Program, Stage, fold
+from downslope.rules.trace import Node, Program, Stage, constants, fold, scalars
 
 Floats = NDArray[np.float64]
 
@@ -30,7 +30,7 @@ class Bucket(Protocol):
     """Parameters that one executor steps together."""
 
     index: NDArray[np.int64]
-    gradients: list[Tensor]
+    gradients: list[Any]
 
     def stale(self) -> bool: ...
     def gather(self) -> NDArray[np.bool_]: ...
@@ -39,7 +39,9 @@ class Bucket(Protocol):
 
 
 class Update:
-    """A program over a fixed list of parameters, each with its slots. Executors are chosen by device, dtype and layout."""
+    """A program over a fixed list of parameters, each with its slots. Executors are chosen by device, dtype
+    and layout.
+    """
 
     def __init__(
         self,
@@ -56,7 +58,9 @@ class Update:
         if unsupported is not None:
             raise BadInput(f"{program.name}: no executor has {unsupported.word_name!r} yet.")
         self.inputs = [node for node in program.nodes if node.word_name in ("number", "t", "step", "count")]
-        members: dict[object, list[int]] = {}
+        self.constants = constants(program.nodes)
+        self.orders = [scalars(stage.scalars) for stage in program.stages]
+        members: dict[Any, list[int]] = {}
         compiled = executor != "eager" and cpu.can(program)
         for i, parameter in enumerate(parameters):
             alike = all(
@@ -67,10 +71,10 @@ class Update:
             members.setdefault(kind, []).append(i)
         self.buckets: list[Bucket] = []
         for kind, index in members.items():
-            make = EagerBucket if kind == "eager" else cpu.CpuBucket
+            make: Callable[..., Bucket] = EagerBucket if kind == "eager" else cpu.CpuBucket
             self.buckets.append(
                 make(program, [parameters[i] for i in index], [slots[i] for i in index], index)
-            )  # type: ignore[arg-type]
+            )
 
     def stale(self) -> bool:
         """Whether memory moved under a bucket, so that the update must be made anew."""
@@ -86,21 +90,23 @@ class Update:
     def run(
         self, numbers: Floats, t: NDArray[np.int64], step: int, active: NDArray[np.bool_]
     ) -> NDArray[np.int64] | None:
-        """Apply the step to what `gather` found. None, or, where the guard stopped it with nothing written, the culprits.
+        """Apply the step to what `gather` found. None, or, where the guard stopped it with nothing written,
+        the culprits.
 
-        `numbers` has a row per entry of `program.numbers` and a column per parameter; `t` counts the updates of each
-        parameter and `step` those of the run, this one included.
+        `numbers` has a row per entry of `program.numbers` and a column per parameter; `t` counts the updates
+        of each parameter and `step` those of the run, this one included.
         """
         known = self._known(numbers, t, step, active)
-        for stage in self.program.stages:
-            scalars = np.zeros((len(self.sizes), len(stage.scalars)))
-            for place, value in enumerate(fold(stage.scalars, known)):
-                scalars[:, place] = value
+        for stage, order in zip(self.program.stages, self.orders, strict=True):
+            fold(order, known)
+            columns = np.zeros((len(self.sizes), len(stage.scalars)))
+            for place, node in enumerate(stage.scalars):
+                columns[:, place] = known[node]
             if stage.stores:
                 for bucket in self.buckets:
-                    bucket.apply(stage, scalars)
+                    bucket.apply(stage, columns)
                 break
-            self._reduce(stage, scalars, known)
+            self._reduce(stage, columns, known)
             guard = self.program.gradient_norm
             if guard is not None and guard in known and not np.isfinite(known[guard]).all():
                 culprits = self._culprits()
@@ -118,7 +124,7 @@ class Update:
     def _known(
         self, numbers: Floats, t: NDArray[np.int64], step: int, active: NDArray[np.bool_]
     ) -> dict[Node, Any]:
-        known: dict[Node, Any] = {}
+        known: dict[Node, Any] = dict(self.constants)
         for node in self.inputs:
             if node.word_name == "number":
                 known[node] = numbers[self.program.numbers.index(node.payload)]
@@ -135,10 +141,10 @@ class Update:
             return values
         if over == "all":
             return np.full(len(values), values.sum())
-        return np.bincount(self.groups, values)[self.groups]
+        return np.asarray(np.bincount(self.groups, values)[self.groups], dtype=np.float64)
 
-    def _reduce(self, stage: Stage, scalars: Floats, known: dict[Node, Any]) -> None:
-        parts = [bucket.reduce(stage, scalars) for bucket in self.buckets]
+    def _reduce(self, stage: Stage, columns: Floats, known: dict[Node, Any]) -> None:
+        parts = [bucket.reduce(stage, columns) for bucket in self.buckets]
         values, owners = (
             np.concatenate([part[0] for part in parts]),
             np.concatenate([part[1] for part in parts]),

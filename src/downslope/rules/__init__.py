@@ -1,4 +1,6 @@
-"""The mathematics: the language of rules, the catalogue, chains, and the trace from which executors are made."""
+"""The mathematics: the language of rules, the catalogue, chains, and the trace from which executors are
+made.
+"""
 
 from downslope.rules.catalogue import RULES
 from downslope.rules.chain import Chain, chain

@@ -1,4 +1,6 @@
-"""The catalogue: every update rule, said once. Each body reads as its paper prints it and is all that any executor runs."""
+"""The catalogue: every update rule, said once. Each body reads as its paper prints it and is all that any
+executor runs.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ Weight = Any  # a Value: annotating each argument would say nothing that the fir
 def sgd(g: Weight, p: Weight, s: State) -> Step:
     """Step against the gradient; with the full batch, this is gradient descent.
 
-    lr: weight per unit of gradient. Not for: badly scaled or sparse problems, where coordinates need rates of their own.
+    lr: weight per unit of gradient. Not for: badly scaled or sparse problems, where coordinates need rates of
+    their own.
     """
     return Step(g, metric=1.0)
 
@@ -31,8 +34,9 @@ def momentum(
 ) -> Step:
     """Heavy ball: go on with a share μ of the last step, which damps zigzags and sums up slopes that stay.
 
-    lr: weight per unit of gradient; the steady step is lr/(1 - μ) times the gradient. The first step is not dampened (torch).
-    Not for: very noisy gradients at large μ. Differs from the textbook's v ← μv - αg when lr changes: there old steps keep it.
+    lr: weight per unit of gradient; the steady step is lr/(1 - μ) times the gradient. The first step is not
+    dampened (torch). Not for: very noisy gradients at large μ. Differs from the textbook's v ← μv - αg when
+    lr changes: there old steps keep it.
     """
     s.v = momentum * s.v + where(t > 1, 1 - dampening, 1.0) * g
     return Step(s.v, metric=(1 - dampening) / (1 - momentum))
@@ -45,9 +49,11 @@ def momentum(
     rates=(0.001, 0.003, 0.01, 0.03, 0.1),
 )
 def nesterov(g: Weight, p: Weight, s: State, *, momentum: float = 0.9) -> Step:
-    """Momentum that looks ahead: the gradient is weighed as if taken after the step that momentum is about to make.
+    """Momentum that looks ahead: the gradient is weighed as if taken after the step that momentum is about to
+    make.
 
-    lr: as for momentum. Not for: gradients so noisy that the look ahead amplifies noise. The form is torch's g + μv.
+    lr: as for momentum. Not for: gradients so noisy that the look ahead amplifies noise. The form is torch's
+    g + μv.
     """
     s.v = momentum * s.v + g
     return Step(g + momentum * s.v, metric=1 / (1 - momentum))
@@ -80,9 +86,11 @@ def adagrad(
 
 @rule("v", source="Tieleman & Hinton 2012, lecture 6.5", lr=0.01, rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2))
 def rmsprop(g: Weight, p: Weight, s: State, *, alpha: float = 0.99, eps: float = 1e-8) -> Step:
-    """Divide each coordinate by the root of a running mean of its squares, which forgets, unlike adagrad's sum.
+    """Divide each coordinate by the root of a running mean of its squares, which forgets, unlike adagrad's
+    sum.
 
-    lr: about the step of every weight. Not for: the first steps at large lr, which are √(1/(1 - α)) times too long.
+    lr: about the step of every weight. Not for: the first steps at large lr, which are √(1/(1 - α)) times too
+    long.
     """
     s.v = alpha * s.v + (1 - alpha) * (g * g)
     shrink = 1 / (sqrt(s.v) + eps)
@@ -93,7 +101,8 @@ def rmsprop(g: Weight, p: Weight, s: State, *, alpha: float = 0.99, eps: float =
 def rmsprop_centered(g: Weight, p: Weight, s: State, *, alpha: float = 0.99, eps: float = 1e-8) -> Step:
     """RMSProp by the running variance instead of the raw second moment: steadier where gradients have a mean.
 
-    lr: about the step of every weight. Not for: gradients that hardly vary, whose variance, and so the divisor, vanishes.
+    lr: about the step of every weight. Not for: gradients that hardly vary, whose variance, and so the
+    divisor, vanishes.
     """
     s.v = alpha * s.v + (1 - alpha) * (g * g)
     s.mean = alpha * s.mean + (1 - alpha) * g
@@ -107,7 +116,8 @@ def adam(
 ) -> Step:
     """Momentum divided by the root of a running mean of squares, both corrected for starting at zero.
 
-    lr: about the largest step of every weight. Not for: where the last bit of generalisation comes from plain momentum.
+    lr: about the largest step of every weight. Not for: where the last bit of generalisation comes from plain
+    momentum.
     """
     s.m = beta1 * s.m + (1 - beta1) * g
     s.v = beta2 * s.v + (1 - beta2) * (g * g)
@@ -121,7 +131,8 @@ def adam_uncorrected(
 ) -> Step:
     """Adam without its bias correction, as some older code bases run it.
 
-    lr: as for adam. Not for: new work; its first steps are (1 - β₁)/√(1 - β₂) of adam's, about three times too long.
+    lr: as for adam. Not for: new work; its first steps are (1 - β₁)/√(1 - β₂) of adam's, about three times
+    too long.
     """
     s.m = beta1 * s.m + (1 - beta1) * g
     s.v = beta2 * s.v + (1 - beta2) * (g * g)
@@ -141,10 +152,11 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.01,
 ) -> Step:
-    """Adam with decay decoupled from the gradient: lr · λ of the weight is taken off, whatever the gradient's scale.
+    """Adam with decay decoupled from the gradient: lr · λ of the weight is taken off, whatever the gradient's
+    scale.
 
-    lr: about the largest step of every weight; it scales the decay too. Not for: where L2 in the loss is meant: put
-    the link l2 before adam for that.
+    lr: about the largest step of every weight; it scales the decay too. Not for: where L2 in the loss is
+    meant: put the link l2 before adam for that.
     """
     step = adam.body(g, p, s, t=t, beta1=beta1, beta2=beta2, eps=eps)
     return Step(step.direction + weight_decay * p, metric=step.metric)
@@ -156,8 +168,8 @@ def lion(
 ) -> Weight:
     """The sign of an interpolated momentum: every weight moves by lr, or not at all.
 
-    lr: the step of every weight, three to ten times below adam's; weight_decay as much above. Not for: small batches, and
-    proximal links: a sign has no scale, so it has no effective step.
+    lr: the step of every weight, three to ten times below adam's; weight_decay as much above. Not for: small
+    batches, and proximal links: a sign has no scale, so it has no effective step.
     """
     direction = sign(beta1 * s.m + (1 - beta1) * g)
     s.m = beta2 * s.m + (1 - beta2) * g

@@ -1,4 +1,6 @@
-"""Chains: links and rules one after the other, as one pure function from gradient and weight to the new weight."""
+"""Chains: links and rules one after the other, as one pure function from gradient and weight to the new
+weight.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,12 @@ Key: TypeAlias = tuple[str, int | None]
 
 @dataclass(frozen=True)
 class Chain:
-    """Parts in the order in which the gradient meets them: links, a rule, links behind it, links on the weight.
+    """Parts in the order in which the gradient meets them: links, a rule, links behind it, links on the
+    weight.
 
-    Numbers are flat, as in torch's param groups: "lr", "betas", "max_norm". Where two parts have a number or slot of one
-    name, the later one's is called "part.name". `renamed` gives numbers other public names: {("l2", "l2"): "weight_decay"}.
+    Numbers are flat, as in torch's param groups: "lr", "betas", "max_norm". Where two parts have a number or
+    slot of one name, the later one's is called "part.name". `renamed` gives numbers other public names:
+    {("l2", "l2"): "weight_decay"}.
     """
 
     parts: tuple[Part, ...]
@@ -46,9 +50,7 @@ class Chain:
                         f"{part.name} cannot stand behind {weight}, which acts on the weight after the step."
                     )
                 if whole is not None:
-                    raise BadInput(
-                        f"{part.name} cannot stand behind {whole}, which returns the whole step; put it before."
-                    )
+                    raise BadInput(f"{part.name} cannot stand behind {whole}, which returns the whole step.")
                 whole = part.name if "lr" in part.rule.context else None
                 metric = metric and part.rule.metric is not None
             else:
@@ -56,7 +58,7 @@ class Chain:
                 if "effective" in part.rule.context and not metric:
                     culprit = next(p.name for p in self.parts if p.rule.metric is None)
                     raise BadInput(
-                        f"{part.name} cannot stand behind {culprit}, which has no effective step to scale its threshold; "
+                        f"{part.name} cannot stand behind {culprit}, which has no effective step; "
                         "use a rule with a metric, such as adamw or momentum."
                     )
 
@@ -119,8 +121,11 @@ class Chain:
         t: Any,
         step: Any,
     ) -> tuple[Any, dict[str, Any]]:
-        """The new weight and the new state, from whatever kind of Value is given; `number` looks up hyperparameters."""
-        lr, update, metric, rated = number(("lr", None)), g, 1.0, False
+        """The new weight and the new state, from whatever kind of Value is given; `number` looks up
+        hyperparameters.
+        """
+        lr, update, rated = number(("lr", None)), g, False
+        metric: Any = 1.0
         weight, after = None, dict(slots)
         for index, (part, keys) in enumerate(zip(self.parts, self.keys, strict=True)):
             names = {slot.name: public for public, (owner, slot) in self.slots.items() if owner == index}
@@ -155,9 +160,11 @@ def _key(argument: str, public: Mapping[str, str]) -> Key:
 
 
 def chain(*parts: Part | Rule | Chain) -> Chain:
-    """Links and rules in the order in which the gradient meets them, as one rule: one pass over memory, whatever is in it.
+    """Links and rules in the order in which the gradient meets them, as one rule: one pass over memory,
+    whatever is in it.
 
-    Raises BadInput where an order makes no sense, such as a proximal link behind a rule without an effective step.
+    Raises BadInput where an order makes no sense, such as a proximal link behind a rule without an effective
+    step.
 
     >>> import downslope as ds
     >>> ds.chain(ds.clip_norm(1.0), ds.adam(lr=3e-4), ds.decay(0.1))

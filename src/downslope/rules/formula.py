@@ -1,7 +1,10 @@
-"""The third reading of a rule: its body run on pieces of text, so that a page prints what the executors run."""
+"""The third reading of a rule: its body run on pieces of text, so that a page prints what the executors
+run.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -24,12 +27,15 @@ SYMBOLS = {
 }
 
 _INFIX = {"add": ("+", 1), "sub": ("-", 1), "mul": ("·", 2), "div": ("/", 2), "pow": ("^", 4)}
+_OLD = "\0"  # marks a slot read before its assignment
 _COMPARISON = {"lt": "<", "le": "≤", "gt": ">", "ge": "≥"}
 
 
 @dataclass(frozen=True)
 class Text(Value):
-    """A piece of a formula and how tightly it binds: 0 comparison, 1 sum, 2 product, 3 sign, 4 power, 5 atom."""
+    """A piece of a formula and how tightly it binds: 0 comparison, 1 sum, 2 product, 3 sign, 4 power, 5
+    atom.
+    """
 
     text: str
     binds: int = 5
@@ -90,13 +96,18 @@ class _Printed(State):
     """Slots that write a line at every assignment and are known by their name from then on."""
 
     def __init__(self, slots: tuple[Slot, ...], lines: list[str]) -> None:
-        super().__init__({slot.name: Text(slot.name) for slot in slots})
+        super().__init__({slot.name: Text(slot.name + _OLD) for slot in slots})
         object.__setattr__(self, "_lines", lines)
+        object.__setattr__(self, "_assigned", set())
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        self._lines.append(f"{name} ← {_text(value).text}")
+        self._lines.append(f"{name} ← {self.dated(_text(value).text)}")
         super().__setattr__(name, Text(name))
+        self._assigned.add(name)
+
+    def dated(self, text: str) -> str:
+        """The text with m told apart from the m before this step, where both are about."""
+        return re.sub(rf"(\w+){_OLD}", lambda found: found[1] + "ₜ₋₁" * (found[1] in self._assigned), text)
 
 
 def read(
@@ -106,14 +117,16 @@ def read(
     arguments: tuple[str, ...],
     context: frozenset[str],
 ) -> tuple[list[str], str | None]:
-    """The lines of a body, and its metric in words, or None where it declares none (a link without one changes nothing)."""
+    """The lines of a body, and its metric in words, or None where it declares none (a link without one
+    changes nothing).
+    """
     lines: list[str] = []
     keywords = {name: Text(SYMBOLS.get(name, name)) for name in (*arguments, *context)}
     state = _Printed(slots, lines)
     weight = Text("p")
     out = body(weight, state, **keywords) if kind == "weight" else body(Text("g"), weight, state, **keywords)
     step = out if isinstance(out, Step) else Step(out, None if kind == "rule" else 1.0)
-    direction = _text(step.direction)
+    direction = Text(state.dated(_text(step.direction).text), _text(step.direction).binds)
     if kind == "weight":
         lines.append(f"p ← {direction.text}")
     elif kind == "update":
@@ -122,4 +135,4 @@ def read(
         lines.append(
             f"p ← p - {direction.inside(2)}" if "lr" in context else f"p ← p - lr · {direction.inside(3)}"
         )
-    return lines, None if step.metric is None else _text(step.metric).text
+    return lines, None if step.metric is None else state.dated(_text(step.metric).text)

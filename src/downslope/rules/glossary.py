@@ -1,4 +1,6 @@
-"""What the numbers of rules and links are called, mean and may be: one table for every rule, recipe and page."""
+"""What the numbers of rules and links are called, mean and may be: one table for every rule, recipe and
+page.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from types import MappingProxyType
 
 @dataclass(frozen=True)
 class Term:
-    """One number: its meaning with unit, and the range in which it makes sense (`open_high`: high itself is out)."""
+    """One number: its meaning with unit, and the range in which it makes sense (`open_high`: high itself is
+    out).
+    """
 
     meaning: str
     low: float = -math.inf
@@ -29,7 +33,9 @@ class Term:
         return " and ".join(parts) or "any finite number"
 
     def admits(self, value: float) -> bool:
-        """Whether `value` is finite (an infinite upper end admits infinity itself only where low is open) and in range."""
+        """Whether `value` is finite (an infinite upper end admits infinity itself only where low is open) and
+        in range.
+        """
         if not math.isfinite(value):
             return False
         above = value > self.low or (value == self.low and not self.open_low)
@@ -58,7 +64,9 @@ TERMS: Mapping[str, Term] = MappingProxyType(
         "max_value": Term("largest magnitude of one number of the gradient", low=0, open_low=True),
     }
 )
-"""Terms shared by the catalogue. A number outside the table, in a rule of the user's own, may be any finite one."""
+"""Terms shared by the catalogue. A number outside the table, in a rule of the user's own, may be any finite
+one.
+"""
 
 
 def term(name: str) -> Term:

@@ -1,4 +1,6 @@
-"""Links: what changes a gradient or an update on its way, or the weight behind the step. They chain with every rule."""
+"""Links: what changes a gradient or an update on its way, or the weight behind the step. They chain with
+every rule.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ Weight = Any
 def clip_norm(u: Weight, p: Weight, s: State, *, max_norm: float = 1.0) -> Step:
     """Scale all gradients together so that their global norm is at most max_norm; their direction stays.
 
-    max_norm: in units of the gradient. Not for: one bad layer among good ones, which it slows down too. Where torch adds
-    1e-6 to the norm this divides by it exactly, so a gradient within the bound passes unchanged.
+    max_norm: in units of the gradient. Not for: one bad layer among good ones, which it slows down too. Where
+    torch adds 1e-6 to the norm this divides by it exactly, so a gradient within the bound passes unchanged.
     """
     size = norm(u, over="all")
     scale = where(size > max_norm, max_norm / size, 1.0)
@@ -36,8 +38,8 @@ def clip_value(u: Weight, p: Weight, s: State, *, max_value: float = 1.0) -> Ste
 def l2(u: Weight, p: Weight, s: State, *, l2: float = 0.0) -> Weight:
     """Add the gradient of the penalty λ/2 · ‖w‖², as torch's weight_decay of SGD and Adam does.
 
-    l2: λ, in units of loss per squared weight. Not for: adaptive rules, which divide the penalty by the gradient's
-    scale too: there use decay.
+    l2: λ, in units of loss per squared weight. Not for: adaptive rules, which divide the penalty by the
+    gradient's scale too: there use decay.
     """
     return u + l2 * p
 
@@ -46,7 +48,8 @@ def l2(u: Weight, p: Weight, s: State, *, l2: float = 0.0) -> Weight:
 def decay(u: Weight, p: Weight, s: State, *, weight_decay: float = 0.01) -> Weight:
     """Take lr · weight_decay of the weight off beside the step, untouched by the rule's metric.
 
-    weight_decay: share of the weight per unit of lr. Not for: standing before an adaptive rule, where it is l2.
+    weight_decay: share of the weight per unit of lr. Not for: standing before an adaptive rule, where it is
+    l2.
     """
     return u + weight_decay * p
 
@@ -57,7 +60,8 @@ def decay(u: Weight, p: Weight, s: State, *, weight_decay: float = 0.01) -> Weig
 def l1(p: Weight, s: State, *, effective: Weight, l1: float = 0.0) -> Weight:
     """Proximal step of the penalty λ · ‖w‖₁, in the rule's own metric: exact zeros, and the right minimum.
 
-    l1: λ, in units of loss per weight. Not for: rules without an effective step (sign rules), which refuse it by name.
+    l1: λ, in units of loss per weight. Not for: rules without an effective step (sign rules), which refuse it
+    by name.
     """
     return sign(p) * maximum(abs(p) - effective * l1, 0.0)
 

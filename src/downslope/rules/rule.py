@@ -15,8 +15,9 @@ from downslope.rules.slot import Slot
 from downslope.rules.value import Number
 
 CONTEXT = ("t", "step", "lr", "effective")
-"""Names a body may ask for by keyword: updates this parameter received (from 1), updates applied (from 1), the learning rate
-(whoever asks for it returns the whole step, with the rate in it), and the effective step that a proximal link scales with."""
+"""Names a body may ask for by keyword: updates this parameter received (from 1), updates applied (from 1),
+the learning rate (whoever asks for it returns the whole step, with the rate in it), and the effective step
+that a proximal link scales with."""
 
 Setting: TypeAlias = "Number | tuple[Any, ...] | Follows"
 Numbers: TypeAlias = Mapping[str, Setting]
@@ -32,11 +33,12 @@ class Follows(Protocol):
 
 @dataclass(frozen=True)
 class Rule:
-    """One update rule or link, written once: its body, state, numbers and source. Call it to get a part of a chain.
+    """One update rule or link, written once: its body, state, numbers and source. Call it to get a part of a
+    chain.
 
-    A rule turns a gradient into a direction, p ← p - lr · direction. A link changes what passes through ("update") or the
-    weight after the step ("weight"). `gradients` counts the gradients it needs per step, `every` the steps between the
-    variants of its program; both are 1 except for rules that say otherwise.
+    A rule turns a gradient into a direction, p ← p - lr · direction. A link changes what passes through
+    ("update") or the weight after the step ("weight"). `gradients` counts the gradients it needs per step,
+    `every` the steps between the variants of its program; both are 1 except for rules that say otherwise.
     """
 
     name: str
@@ -52,7 +54,9 @@ class Rule:
     every: int = 1
 
     def __call__(self, *positional: Setting, **numbers: Setting) -> Part:
-        """A part with these numbers; positional ones go in the order of `numbers`. Schedules may stand for numbers."""
+        """A part with these numbers; positional ones go in the order of `numbers`. Schedules may stand for
+        numbers.
+        """
         if len(positional) > len(self.numbers):
             raise BadInput(
                 f"{self.name} takes at most {len(self.numbers)} numbers ({', '.join(self.numbers)})"
@@ -75,7 +79,9 @@ class Rule:
 
     @property
     def metric(self) -> str | None:
-        """What the rule multiplies a small gradient by, in words; None where it does not say, as sign rules do not."""
+        """What the rule multiplies a small gradient by, in words; None where it does not say, as sign rules
+        do not.
+        """
         return self._read[1]
 
     @property
@@ -126,15 +132,19 @@ def check(where: str, name: str, value: Any, default: Setting | None = None) -> 
         for one in value:
             check(where, name, one)
     elif callable(value) and hasattr(value, "data"):
-        return
-    elif isinstance(value, bool) or not hasattr(value, "__float__") or getattr(value, "ndim", 0):
+        for end, level in value.data().items():
+            if end in ("peak", "end"):
+                check(f"{where} (its {end})", name, level)
+    elif isinstance(value, bool) or not hasattr(value, "__float__") or getattr(value, "ndim", False):
         raise BadInput(f"{where} must be a number or a schedule; {value!r} was given.")
     elif not term(name).admits(float(value)):
         raise BadInput(f"{where} must be {term(name).allowed}; {float(value):g} was given.")
 
 
 def _numbers(body: Callable[..., Any]) -> tuple[dict[str, Setting], tuple[str, ...], frozenset[str]]:
-    """Public numbers, arguments and context of a body: `beta1, beta2` are public as `betas`, everything else by its name."""
+    """Public numbers, arguments and context of a body: `beta1, beta2` are public as `betas`, everything else
+    by its name.
+    """
     numbers: dict[str, Setting] = {}
     arguments, context = [], set()
     for name, parameter in inspect.signature(body).parameters.items():
@@ -165,10 +175,12 @@ def rule(
     rates: tuple[float, ...] = (),
     name: str = "",
 ) -> Callable[[Callable[..., Any]], Rule]:
-    """Make a rule of a pure function `(g, p, s, *, t, …)` that returns a direction, or a `Step` with its metric.
+    """Make a rule of a pure function `(g, p, s, *, t, …)` that returns a direction, or a `Step` with its
+    metric.
 
-    `g` and `p` are gradient and weight, `s` holds the slots (reading gives the old value, assigning the new), keywords with
-    a default are the rule's numbers. `lr` is the default learning rate, `rates` a spread worth trying, small to large.
+    `g` and `p` are gradient and weight, `s` holds the slots (reading gives the old value, assigning the new),
+    keywords with a default are the rule's numbers. `lr` is the default learning rate, `rates` a spread worth
+    trying, small to large.
 
     >>> import downslope as ds
     >>> @ds.rule("v", source="Polyak 1964", lr=0.01)
@@ -192,10 +204,12 @@ def rule(
 def link(
     *slots: str | Slot, source: str = "", after: Literal["update", "weight"] = "update", name: str = ""
 ) -> Callable[[Callable[..., Any]], Rule]:
-    """Make a link: a function of the same form that changes an update on its way, or the weight behind the step.
+    """Make a link: a function of the same form that changes an update on its way, or the weight behind the
+    step.
 
-    After "update" it is `(u, p, s, *, …)` and returns the new update; after "weight" it is `(p, s, *, effective, …)` and
-    returns the new weight, where `effective` is the learning rate in the metric of the chain's rule.
+    After "update" it is `(u, p, s, *, …)` and returns the new update; after "weight" it is `(p, s, *,
+    effective, …)` and returns the new weight, where `effective` is the learning rate in the metric of the
+    chain's rule.
     """
 
     def make(body: Callable[..., Any]) -> Rule:

@@ -12,10 +12,12 @@ from downslope.rules.value import Number, Operand
 
 @dataclass(frozen=True)
 class Slot:
-    """State that a rule keeps: one number per element, row, column, tensor or group, and the expression that starts it.
+    """State that a rule keeps: one number per element, row, column, tensor or group, and the expression that
+    starts it.
 
-    `dtype` is "state" (float32, or wider where the parameter is) or "parameter". `initial` is a number, or a function
-    `(p, **numbers)` in the language of rules, of the weight and the rule's numbers at the parameter's first step.
+    `dtype` is "state" (float32, or wider where the parameter is) or "parameter". `initial` is a number, or a
+    function `(p, **numbers)` in the language of rules, of the weight and the rule's numbers at the
+    parameter's first step.
     """
 
     name: str
@@ -28,8 +30,9 @@ class Slot:
 class Step:
     """What a rule returns: a direction, and the `metric` by which it scales a small gradient, to first order.
 
-    Adam divides a gradient by √v̂ + ε and its momentum has gain 1, so its metric is 1/(√v̂ + ε); heavy-ball momentum sums a
-    constant gradient to 1/(1 - μ). Proximal links need the metric: a threshold of lr·λ alone converges to a wrong point.
+    Adam divides a gradient by √v̂ + ε and its momentum has gain 1, so its metric is 1/(√v̂ + ε); heavy-ball
+    momentum sums a constant gradient to 1/(1 - μ). Proximal links need the metric: a threshold of lr·λ alone
+    converges to a wrong point.
     """
 
     direction: Any

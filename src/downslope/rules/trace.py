@@ -1,9 +1,10 @@
 """Tracing: a chain is called once on symbols, and what it did becomes a program that every executor can run.
 
-Scalars are of three classes. `host` scalars follow from numbers and counters and are known before the step; `device` scalars
-follow a reduction over a group or over all tensors, `row` scalars one over a tensor, and are known between two passes. What
-is scalar is folded: executors compute it in float64, once per parameter, and hand the elementwise code a table of columns.
-Reductions cut the program into stages. Every stage but the last only reads; the last writes weight and state.
+Scalars are of three classes. `host` scalars follow from numbers and counters and are known before the step;
+`device` scalars follow a reduction over a group or over all tensors, `row` scalars one over a tensor, and are
+known between two passes. What is scalar is folded: executors compute it in float64, once per parameter, and
+hand the elementwise code a table of columns. Reductions cut the program into stages. Every stage but the last
+only reads; the last writes weight and state.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import numpy as np
 from downslope.errors import BadInput
 from downslope.rules.chain import Chain, Key
 from downslope.rules.slot import Slot
-from downslope.rules.value import SCOPES, WORDS, Number, Operand, Value
+from downslope.rules.value import REDUCTIONS, SCOPES, WORDS, Number, Operand, Value
 
 
 class Class(IntEnum):
-    """How often a value is there: once before the step, once after a reduction, once a tensor, a line, an element."""
+    """How often a value is there: once before the step, once after a reduction, once a tensor, a line, an
+    element.
+    """
 
     HOST = 0
     DEVICE = 1
@@ -43,7 +46,9 @@ _AFTER = {
 
 @dataclass(frozen=True, eq=False)
 class Node(Value):
-    """One operation of a trace; equal operations are one node. `depth` counts the reductions that it must wait for."""
+    """One operation of a trace; equal operations are one node. `depth` counts the reductions that it must
+    wait for.
+    """
 
     trace: Trace = field(repr=False)
     word_name: str
@@ -115,7 +120,9 @@ class Trace:
 
 @dataclass(frozen=True)
 class Stage:
-    """One pass over memory: the scalars that its elementwise code reads, and what it reduces or, in the last, stores."""
+    """One pass over memory: the scalars that its elementwise code reads, and what it reduces or, in the last,
+    stores.
+    """
 
     scalars: tuple[Node, ...]
     elements: tuple[Node, ...]
@@ -130,7 +137,9 @@ class Stage:
 
 @dataclass(frozen=True)
 class Program:
-    """A traced chain: its numbers, its slots and its stages. `variant` tells apart programs that the host picks by step."""
+    """A traced chain: its numbers, its slots and its stages. `variant` tells apart programs that the host
+    picks by step.
+    """
 
     name: str
     numbers: tuple[Key, ...]
@@ -141,7 +150,9 @@ class Program:
 
     @property
     def bytes_moved(self) -> int:
-        """Bytes that one step must move per element, for four-byte numbers everywhere: what a perfect kernel would need."""
+        """Bytes that one step must move per element, for four-byte numbers everywhere: what a perfect kernel
+        would need.
+        """
         return 4 * sum(len(stage.loads) + len(stage.stores) for stage in self.stages)
 
     @property
@@ -153,8 +164,8 @@ class Program:
 
 
 def trace(chain: Chain, guard: bool = False) -> Program:
-    """The program of a chain. With `guard`, its first stage also takes the norm of the raw gradients, so that one read
-    tells whether any is NaN or infinite; a chain that needs that norm anyway pays nothing."""
+    """The program of a chain. With `guard`, its first stage also takes the norm of the raw gradients, so that
+    one read tells whether any is NaN or infinite; a chain that needs that norm anyway pays nothing."""
     tape = Trace()
     g, p = tape.input("input", Class.ELEMENT, "g"), tape.input("input", Class.ELEMENT, "p")
     slots = {name: tape.input("input", _slot_class(slot), name) for name, (_, slot) in chain.slots.items()}
@@ -188,12 +199,14 @@ def _slot_class(slot: Slot) -> Class:
 
 
 def _cut(stores: Mapping[str, Node], watched: list[Node]) -> tuple[Stage, ...]:
-    """Stages by depth: a reduction of depth d is taken in stage d - 1; every store happens in the last stage."""
+    """Stages by depth: a reduction of depth d is taken in stage d - 1; every store happens in the last
+    stage.
+    """
     reached = _reach([*stores.values(), *watched])
     last = max(node.depth for node in reached)
     reductions: list[list[Node]] = [[] for _ in range(last)]
     for node in reached:
-        if node.word_name in ("total", "squares", "largest") or node.word_name.startswith("matrix:"):
+        if node.word_name in REDUCTIONS or node.word_name.startswith("matrix:"):
             reductions[node.depth - 1].append(node)
     stages = []
     for depth in range(last + 1):
@@ -225,16 +238,19 @@ def _reach(roots: Iterable[Node], inside: Any = lambda node: True) -> list[Node]
     return list(seen)
 
 
-def fold(nodes: Iterable[Node], known: dict[Node, Any]) -> list[Any]:
-    """The values of scalar nodes in float64, an array with one entry per parameter each; `known` holds inputs, and is filled."""
+def scalars(nodes: Iterable[Node]) -> list[Node]:
+    """The scalar nodes that `nodes` need, operands first, down to the leaves: inputs, constants, reductions."""
+    return _reach(nodes, lambda node: node.kind < Class.LINE and node.word_name not in REDUCTIONS)
 
-    def value(node: Node) -> Any:
-        if node not in known:
-            if node.word_name == "constant":
-                known[node] = np.float64(float.fromhex(node.payload))
-            else:
-                known[node] = WORDS[node.word_name](*(value(operand) for operand in node.operands))
-        return known[node]
 
+def fold(order: Iterable[Node], known: dict[Node, Any]) -> None:
+    """Add the values of scalar nodes to `known`, which holds the leaves; float64, one entry per parameter."""
     with np.errstate(all="ignore"):
-        return [value(node) for node in nodes]
+        for node in order:
+            if node not in known:
+                known[node] = WORDS[node.word_name](*[known[operand] for operand in node.operands])
+
+
+def constants(nodes: Iterable[Node]) -> dict[Node, Any]:
+    """The values of the numbers written in a rule."""
+    return {node: np.float64(float.fromhex(node.payload)) for node in nodes if node.word_name == "constant"}

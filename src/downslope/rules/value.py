@@ -1,8 +1,9 @@
 """The language in which rules are written: arithmetic and a small vocabulary over a `Value`.
 
-A rule is an ordinary Python function. It never sees what it computes with: the same body runs on NumPy arrays, is traced once
-into a program, and is printed as a formula, because each of these is a `Value` that answers to the same words. What a word
-means, NaN, infinity, -0 and ties included, is defined once, by its NumPy function in `WORDS`; every executor must agree with it.
+A rule is an ordinary Python function. It never sees what it computes with: the same body runs on NumPy
+arrays, is traced once into a program, and is printed as a formula, because each of these is a `Value` that
+answers to the same words. What a word means, NaN, infinity, -0 and ties included, is defined once, by its
+NumPy function in `WORDS`; every executor must agree with it.
 """
 
 from __future__ import annotations
@@ -55,11 +56,15 @@ WORDS: dict[str, Callable[..., Any]] = {
 """Elementwise words. NumPy says what they mean; torch, Numba and Triton forms are tested against it."""
 
 REDUCTIONS = ("total", "squares", "largest")
-"""Words that make one number of many: the sum, the sum of squares (taken in float64), the largest magnitude."""
+"""Words that make one number of many: the sum, the sum of squares (taken in float64), the largest
+magnitude.
+"""
 
 
 class Value(ABC):
-    """A quantity inside a rule: an array, a node of a trace, a piece of a formula. Subclasses say what a word does."""
+    """A quantity inside a rule: an array, a node of a trace, a piece of a formula. Subclasses say what a word
+    does.
+    """
 
     __array_ufunc__ = None  # `numpy scalar * Value` must reach __rmul__, not be taken apart by NumPy
 
@@ -188,7 +193,7 @@ def isfinite(x: Operand) -> Any:
 
 def lerp(a: Operand, b: Operand, weight: Operand) -> Any:
     """(1 - weight) a + weight b."""
-    return (1 - weight) * a + weight * b  # type: ignore[operator]
+    return (1 - weight) * a + weight * b
 
 
 def clip(x: Operand, low: Operand, high: Operand) -> Any:
@@ -207,7 +212,9 @@ def mean(x: Value, over: str = "tensor") -> Any:
 
 
 def norm(x: Value, over: str = "tensor") -> Any:
-    """The Euclidean norm of x, its squares summed in float64, over a row, column, tensor, group, or over all."""
+    """The Euclidean norm of x, its squares summed in float64, over a row, column, tensor, group, or over
+    all.
+    """
     return sqrt(x.reduce("squares", over))
 
 
