@@ -86,7 +86,7 @@ def _copy(
 ) -> dict[str, Tensor]:
     if set(entry) != {*slots, "t"}:
         raise BadInput(
-            f"the checkpoint has {', '.join(sorted(entry))} for {name}; {chain} has {', '.join([*slots, 't'])}."
+            f"the checkpoint has {', '.join(sorted(entry))} for {name}; {chain}: {', '.join([*slots, 't'])}."
         )
     copied: dict[str, Tensor] = {"t": torch.tensor(int(entry["t"]), dtype=torch.int64)}
     for slot in slots:

@@ -8,7 +8,7 @@ from typing import Any
 
 from downslope.rules.rule import Rule, rule
 from downslope.rules.slot import Slot, State, Step
-from downslope.rules.value import sign, sqrt, where
+from downslope.rules.value import maximum, sign, sqrt, where
 
 Weight = Any  # a Value: annotating each argument would say nothing that the first line of the file does not
 
@@ -106,7 +106,8 @@ def rmsprop_centered(g: Weight, p: Weight, s: State, *, alpha: float = 0.99, eps
     """
     s.v = alpha * s.v + (1 - alpha) * (g * g)
     s.mean = alpha * s.mean + (1 - alpha) * g
-    shrink = 1 / (sqrt(s.v - s.mean * s.mean) + eps)
+    variance = maximum(s.v - s.mean * s.mean, 0.0)  # rounding may take it below zero, and its root to NaN
+    shrink = 1 / (sqrt(variance) + eps)
     return Step(shrink * g, metric=shrink)
 
 

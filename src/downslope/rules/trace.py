@@ -239,7 +239,7 @@ def _reach(roots: Iterable[Node], inside: Any = lambda node: True) -> list[Node]
 
 
 def scalars(nodes: Iterable[Node]) -> list[Node]:
-    """The scalar nodes that `nodes` need, operands first, down to the leaves: inputs, constants, reductions."""
+    """Add the values of scalar nodes to `known`, which holds the leaves; in float64, one entry a parameter."""
     return _reach(nodes, lambda node: node.kind < Class.LINE and node.word_name not in REDUCTIONS)
 
 
