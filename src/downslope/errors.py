@@ -4,7 +4,8 @@ A fault of the input ends in one sentence and exit code 2, a fault of the user's
 traceback and exit code 1. Whatever else escapes is a fault of ours.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -17,6 +18,8 @@ class DownslopeError(Exception):
 class BadInput(DownslopeError, ValueError):  # noqa: N818  the sentence reads "bad input: …"
     """The input is wrong: one sentence saying what was given, what is allowed, and the nearest right thing.
 
+    `key` is the path to the culprit inside what was given, where that is known: a file turns it into a line.
+
     >>> raise BadInput("lr must be at least 0, got -0.1.")
     Traceback (most recent call last):
     downslope.errors.BadInput: lr must be at least 0, got -0.1.
@@ -24,9 +27,31 @@ class BadInput(DownslopeError, ValueError):  # noqa: N818  the sentence reads "b
 
     exit_code = 2
 
+    def __init__(self, sentence: str, *, key: tuple[str | int, ...] = ()) -> None:
+        super().__init__(sentence)
+        self.key = key
+
 
 class UserCodeError(DownslopeError):
     """The user's own code raised; `__cause__` is what it raised, with its own traceback."""
+
+
+@contextmanager
+def under(*keys: str | int) -> Iterator[None]:
+    """Bad input found inside lies below these keys of what was given.
+
+    >>> try:
+    ...     with under("chain", 0):
+    ...         raise BadInput("lr must be at least 0, got -0.1.", key=("lr",))
+    ... except BadInput as error:
+    ...     error.key
+    ('chain', 0, 'lr')
+    """
+    try:
+        yield
+    except BadInput as error:
+        error.key = (*keys, *error.key)
+        raise
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:
@@ -37,5 +62,7 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     >>> nearest("xyz", ["lr", "momentum"])
     ''
     """
+    if len(word) > 80:  # the search is quadratic, and nobody meant this
+        return ""
     matches = get_close_matches(word, list(allowed), n=1)
     return f" Did you mean {matches[0]!r}?" if matches else ""

@@ -24,7 +24,7 @@ from inspect import Parameter, signature
 from numbers import Integral, Real
 from typing import Any, TypeAlias
 
-from downslope.errors import BadInput, nearest
+from downslope.errors import BadInput, nearest, under
 
 Duration: TypeAlias = int | str
 """Applied updates, or text with a unit: "500 steps", "3 epochs", "64000 samples", "10 %"."""
@@ -192,20 +192,24 @@ class Schedule:
         """
         if not isinstance(data, Mapping):
             raise BadInput(f"a schedule is a table such as {constant(0.1).data()}, got {data!r}.")
-        numbers = {name: Schedule.from_data(v) if name == "trunk" else v for name, v in data.items()}
+        numbers = dict(data)
         kind = numbers.pop("schedule", None)
-        if kind not in KINDS:
-            raise BadInput(
-                f"unknown schedule {kind!r}.{nearest(str(kind), KINDS)} Allowed: {', '.join(KINDS)}."
-            )
+        with under("schedule"):
+            if not isinstance(kind, str) or kind not in KINDS:
+                hint = nearest(str(kind), KINDS)
+                raise BadInput(f"unknown schedule {kind!r}.{hint} Allowed: {', '.join(KINDS)}.")
         allowed = signature(KINDS[kind]).parameters
         for name in numbers:
             if name not in allowed:
                 hint = nearest(str(name), allowed)
-                raise BadInput(f"{kind} has no key {name!r}.{hint} Allowed: {', '.join(allowed)}.")
+                allowed_names = ", ".join(allowed)
+                raise BadInput(f"{kind} has no key {name!r}.{hint} Allowed: {allowed_names}.", key=(name,))
         for name, parameter in allowed.items():
             if name not in numbers and parameter.default is Parameter.empty:
                 raise BadInput(f"{kind} needs the key {name!r}.")
+        if "trunk" in numbers:
+            with under("trunk"):
+                numbers["trunk"] = Schedule.from_data(numbers["trunk"])
         return KINDS[kind](**numbers)
 
 
@@ -327,19 +331,27 @@ _SHAPES: dict[str, Callable[..., float]] = {
 def _schedule(kind: str, **numbers: Any) -> Schedule:
     """The one door: spells durations alike, makes values float, turns what can be into steps."""
     for name, value in numbers.items():
-        if name in _LEAST:
-            numbers[name] = duration(value, f"{kind}: {name}")
-        elif name == "trunk":
-            if not isinstance(value, Schedule):
-                raise BadInput(f"{kind}: trunk must be a schedule, got {value!r}.")
-        else:
-            numbers[name] = _finite(f"{kind}: {name}", value, at_least=0.0 if name == "factor" else -math.inf)
-    if isinstance(whole := numbers.get("steps"), int):
-        for name in ("warmup", "cooldown"):
-            if str(numbers.get(name)).endswith("%") and whole:
-                numbers[name] = in_steps(numbers[name], f"{kind}: {name}", run_steps=whole)
-    _check(kind, numbers)
+        with under(name):
+            numbers[name] = _settled(f"{kind}: {name}", name, value)
+    if whole := numbers.get("steps"):
+        for name in numbers.keys() & {"warmup", "cooldown"}:
+            if isinstance(whole, int) and str(numbers[name]).endswith("%"):
+                numbers[name] = in_steps(numbers[name], run_steps=whole)
+    _check_room(kind, numbers)
     return Schedule(kind, tuple(numbers.items()))
+
+
+def _settled(where: str, name: str, value: Any) -> Any:
+    if name == "trunk":
+        if not isinstance(value, Schedule):
+            raise BadInput(f"{where} must be a schedule, got {value!r}.")
+        return value
+    if name not in _LEAST:
+        return _finite(where, value, at_least=0.0 if name == "factor" else -math.inf)
+    value = duration(value, where)
+    if isinstance(value, int) and value < _LEAST[name]:
+        raise BadInput(f"{where} must be at least {_LEAST[name]}, got {value}.")
+    return value
 
 
 def _finite(where: str, value: Any, at_least: float) -> float:
@@ -354,16 +366,14 @@ def _finite(where: str, value: Any, at_least: float) -> float:
     return number
 
 
-def _check(kind: str, numbers: Mapping[str, Any]) -> None:
-    for name, least in _LEAST.items():
-        if isinstance(value := numbers.get(name), int) and value < least:
-            raise BadInput(f"{kind}: {name} must be at least {least}, got {value}.")
+def _check_room(kind: str, numbers: Mapping[str, Any]) -> None:
     steps, warmup, cooldown = numbers.get("steps"), numbers.get("warmup", 0), numbers.get("cooldown", 0)
     if not (isinstance(steps, int) and isinstance(warmup, int) and isinstance(cooldown, int)):
         return
-    if warmup >= steps:
-        raise BadInput(
-            f"{kind}: warmup must be below steps = {steps}, or the peak is never reached, got {warmup}."
-        )
-    if warmup + cooldown > steps:
-        raise BadInput(f"{kind}: warmup {warmup} and cooldown {cooldown} do not fit into steps = {steps}.")
+    with under("warmup"):
+        if warmup >= steps:
+            raise BadInput(f"{kind}: warmup must be below steps = {steps}, to reach the peak, got {warmup}.")
+        if warmup + cooldown > steps:
+            raise BadInput(
+                f"{kind}: warmup {warmup} and cooldown {cooldown} do not fit into steps = {steps}."
+            )
