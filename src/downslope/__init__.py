@@ -9,6 +9,7 @@ from downslope.dropin import SGD, Adagrad, Adam, AdamW, Lion, Momentum, Nesterov
 from downslope.errors import BadInput, DownslopeError, UserCodeError
 from downslope.groups import groups
 from downslope.optimizer import Optimizer
+from downslope.recipe import Recipe
 from downslope.rules import Chain, Part, Rule, Slot, Step, chain, link, links, rule, rules
 from downslope.rules.catalogue import (
     adagrad,
@@ -24,6 +25,7 @@ from downslope.rules.catalogue import (
 )
 from downslope.rules.links import clip_norm, clip_value, decay, l1, l2
 from downslope.schedule import Schedule, constant, cosine, exponential, linear, step, wsd
+from downslope.tasks import Task, accuracy, cross_entropy, squared_error, task, tasks
 
 __version__ = "0.1.0.dev0"
 
@@ -41,11 +43,14 @@ __all__ = [
     "Optimizer",
     "Part",
     "RMSprop",
+    "Recipe",
     "Rule",
     "Schedule",
     "Slot",
     "Step",
+    "Task",
     "UserCodeError",
+    "accuracy",
     "adagrad",
     "adam",
     "adam_uncorrected",
@@ -55,6 +60,7 @@ __all__ = [
     "clip_value",
     "constant",
     "cosine",
+    "cross_entropy",
     "decay",
     "exponential",
     "groups",
@@ -71,6 +77,9 @@ __all__ = [
     "rule",
     "rules",
     "sgd",
+    "squared_error",
     "step",
+    "task",
+    "tasks",
     "wsd",
 ]
