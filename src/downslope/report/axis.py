@@ -1,0 +1,116 @@
+"""Axes: from a value to a place between 0 and 1, and the ticks a reader expects there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from downslope.report.text import number
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A labelled place on an axis; `minor` ones disappear on a narrow screen."""
+
+    value: float
+    place: float
+    label: str
+    minor: bool = False
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An interval of values, linear or logarithmic, mapped onto 0 … 1.
+
+    >>> Axis(0.01, 1.0, log=True).place(0.1)
+    0.5
+    """
+
+    low: float
+    high: float
+    log: bool = False
+    percent: bool = False
+
+    def place(self, value: float) -> float:
+        """Where the value lies: 0 at `low`, 1 at `high`; outside the interval it lies outside 0 … 1."""
+        if self.log:
+            if value <= 0:
+                return -1.0
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)
+
+    def ticks(self, count: int = 6) -> list[Tick]:
+        """About `count` round values inside the interval."""
+        values = (
+            _log_values(self.low, self.high, count)
+            if self.log
+            else _linear_values(self.low, self.high, count)
+        )
+        every = 2 if len(values) > 4 else 1
+        return [Tick(v, self.place(v), self.label(v), minor=i % every != 0) for i, v in enumerate(values)]
+
+    def label(self, value: float) -> str:
+        """The value as this axis writes it."""
+        if self.percent:
+            return f"{number(100 * value, 4)} %"
+        if not self.log and abs(value) < 1e-9 * (self.high - self.low):
+            return "0"
+        return short(value)
+
+
+def short(value: float) -> str:
+    """A tick's label: thousands as k, so that five digits do not crowd an axis.
+
+    >>> short(1500.0), short(20000.0), short(2e6), short(0.25)
+    ('1500', '20k', '2M', '0.25')
+    """
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if size * (10 if letter == "k" else 1) <= abs(value) < 1000 * size:
+            return f"{value / size:.4g}{letter}".replace("-", "−")
+    return number(value, 4)
+
+
+def spanning(
+    values: Iterable[float],
+    *,
+    log: bool = False,
+    percent: bool = False,
+    zero: bool = False,
+    margin: float = 0.04,
+) -> Axis:
+    """The axis that holds all finite values with a little air; `zero` makes it begin at 0.
+
+    A logarithmic axis looks at positive values only. With nothing to show it is 0 … 1 (log: 0.1 … 1).
+    """
+    known = [float(v) for v in values if math.isfinite(v) and (v > 0 or not log)]
+    if not known:
+        return Axis(0.1 if log else 0.0, 1.0, log, percent)
+    low, high = min(known), max(known)
+    if log:
+        air = max((high / low) ** margin, 1.02)
+        return Axis(low / air, high * air, True, percent)
+    if zero:
+        return Axis(0.0, high if high > 0 else 1.0, False, percent)
+    air = (high - low) * margin or abs(high) * margin or 1.0
+    return Axis(low - air, high + air, False, percent)
+
+
+def _linear_values(low: float, high: float, count: int) -> list[float]:
+    raw = (high - low) / max(count, 1)
+    size = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * size for m in (1.0, 2.0, 2.5, 5.0, 10.0) if m * size >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [round(i * step, 12 - math.floor(math.log10(step))) for i in range(first, last + 1)]
+
+
+def _log_values(low: float, high: float, count: int) -> list[float]:
+    decades = math.log10(high / low)
+    if decades < 0.7:
+        return [v for v in _linear_values(low, high, count) if v > 0]
+    mantissas = (1.0, 2.0, 5.0) if decades <= 2 else (1.0, 3.0) if decades <= 3 else (1.0,)
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    stride = max(1, math.ceil(decades / count)) if mantissas == (1.0,) else 1
+    values = [m * 10.0**e for e in range(first, last + 1, stride) for m in mantissas]
+    return [v for v in values if low * 0.999999 <= v <= high * 1.000001]

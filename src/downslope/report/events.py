@@ -1,0 +1,274 @@
+"""What the report reads from a journal: the events it knows, checked before anything is drawn.
+
+A journal may come from anywhere: every field is checked here, once. Unknown kinds and fields are passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from downslope.errors import BadInput
+
+LARGEST_JSON = 64 * 2**20  # bytes; standings of thousands of candidates are far smaller
+
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""A measured value; null and NaN both say that there is none."""
+
+
+class Record(BaseModel):
+    """Something read from a run folder."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+R = TypeVar("R", bound=Record)
+
+
+class Candidate(Record):
+    """One distinct recipe of a race; `names` has several entries where two names had one recipe."""
+
+    trial: int
+    names: tuple[str, ...] = Field(min_length=1)
+    rule: str
+    lr: float | None = None
+    origin: str = "grid"
+    steps: int = Field(gt=0)
+    recipe: str = ""
+
+
+class Rung(Record):
+    """A place where all runners are judged: at `fraction` of a full training."""
+
+    rung: int
+    fraction: float = Field(gt=0)
+    runners: int = 0
+
+
+class Sizes(Record):
+    """How many items each part of the data has."""
+
+    train: int
+    valid: int
+    test: int
+
+
+class Plan(Record):
+    """The event `race`: everything that was decided before the start."""
+
+    task: str
+    task_name: str
+    metric: str
+    higher_is_better: bool
+    target: float | None = None
+    sizes: Sizes | None = None
+    seed: int = 0
+    seeds: int = 1
+    budget: str = ""
+    versions: dict[str, str] = Field(default_factory=dict)
+    baseline: int | None = None
+    rungs: tuple[Rung, ...] = ()
+    trials: tuple[Candidate, ...] = ()
+
+
+class Curve(Record):
+    """Training loss as sampled inside one segment; all lists are equally long."""
+
+    step: tuple[Number, ...] = ()
+    loss: tuple[Number, ...] = ()
+    seconds: tuple[Number, ...] = ()
+
+
+class Measured(Record):
+    """A validation: the mean over the whole part, after `step` applied updates."""
+
+    step: int
+    loss: Number
+    metric: Number
+    seconds: Number = math.nan
+
+
+class Segment(Record):
+    """A durable piece of one trial's training."""
+
+    trial: int
+    run: Literal["trunk", "branch", "final"]
+    repeat: int | None = None
+    end: int
+    curve: Curve = Curve()
+    valid: Measured | None = None
+
+
+class Judged(Measured):
+    """A trial's value at a rung, read off at the end of its cooldown branch."""
+
+    trial: int
+    rung: int
+    outcome: str = "ok"
+
+
+class Cut(Record):
+    """A rung is complete; `kept` go on."""
+
+    rung: int
+    kept: tuple[int, ...]
+
+
+class Finalists(Record):
+    """The trials that are repeated on fresh seeds."""
+
+    trials: tuple[int, ...]
+
+
+class Final(Measured):
+    """One full training of a finalist with a fresh seed."""
+
+    trial: int
+    repeat: int
+    test_metric: Number = math.nan
+    outcome: str = "ok"
+
+
+class Failed(Record):
+    """The trial is out."""
+
+    trial: int
+    reason: str = ""
+
+
+class End(Record):
+    """The race is over; `standings` is the SHA-256 of standings.json."""
+
+    standings: str = ""
+
+
+class StandingsRow(Record):
+    """One line of standings.json."""
+
+    rank: int
+    name: str
+    trial: int
+    stage: str = ""
+    status: str = "ok"
+    metric: float | None = None
+    metrics: tuple[float | None, ...] = ()
+    test_metric: float | None = None
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    tied: bool = False
+
+
+class Winner(Record):
+    """The best recipe."""
+
+    name: str
+    trial: int
+    recipe: str
+
+
+class Standings(Record):
+    """standings.json: what the race decided. Its statistics are not made again here."""
+
+    level: float = 0.95
+    winner: Winner | None = None
+    rows: tuple[StandingsRow, ...] = ()
+
+
+RACE: dict[str, type[Record]] = {
+    "race": Plan,
+    "segment": Segment,
+    "judged": Judged,
+    "cut": Cut,
+    "finalists": Finalists,
+    "final": Final,
+    "failed": Failed,
+    "end": End,
+}
+
+
+class Start(Record):
+    """A training began."""
+
+    task: str = ""
+    recipe: str = ""  # its hash
+    seed: int = 0
+    steps: int = 0
+    metric: str = "metric"
+    higher_is_better: bool = True
+
+
+class Step(Record):
+    """The training loss of one applied update, and the learning rate it used."""
+
+    step: int
+    loss: Number
+    lr: float | None = None
+    seconds: Number = math.nan
+
+
+class Skip(Record):
+    """An update that was not applied, because these gradients were not finite."""
+
+    step: int
+    names: tuple[str, ...] = ()
+
+
+class Evaluation(Record):
+    """Loss and metric over a whole part of the data."""
+
+    loss: Number = math.nan
+    metric: Number = math.nan
+
+
+class TrainingEnd(Record):
+    """A training is over."""
+
+    step: int
+    valid: Evaluation | None = None
+    test: Evaluation | None = None
+
+
+TRAINING: dict[str, type[Record]] = {
+    "start": Start,
+    "step": Step,
+    "valid": Measured,
+    "skip": Skip,
+    "end": TrainingEnd,
+}
+
+
+def typed(events: Iterable[Mapping[str, Any]], kinds: Mapping[str, type[Record]], name: str) -> list[Record]:
+    """The known events, checked; raises BadInput naming the first that is wrong."""
+    checked: list[Record] = []
+    for event in events:
+        model = kinds.get(str(event.get("kind")))
+        if model is None:
+            continue
+        try:
+            checked.append(model.model_validate(dict(event)))
+        except ValidationError as error:
+            raise BadInput(
+                f"{name}: event {event.get('seq')} ({event.get('kind')}): {_first(error)}."
+            ) from None
+    return checked
+
+
+def parse_json(data: bytes, model: type[R], name: str) -> R:
+    """A checked JSON file of a run folder; raises BadInput naming what is wrong with it."""
+    try:
+        return model.model_validate(json.loads(data))
+    except ValidationError as error:
+        raise BadInput(f"{name}: {_first(error)}.") from None
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{name}: is not JSON: {error}.") from None
+
+
+def _first(error: ValidationError) -> str:
+    problem = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    return f"{where or 'the whole'}: {problem['msg'].lower()}"

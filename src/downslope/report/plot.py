@@ -1,0 +1,198 @@
+"""Geometry of the curves: which panels there are, and what every panel draws.
+
+A panel is drawn here, once, as SVG paths in a box of 1000 × 1000 that the browser stretches; the same
+numbers go to the page's script, which only reads them (hover). So the page prints, and shows its curves
+without JavaScript.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from downslope.report.axis import Axis, Tick, spanning
+
+POINTS = 160  # per line: a panel is rarely wider than 800 pixels, and every second pixel is enough
+BOX = 1000
+FEW = 12  # measured points are drawn as dots up to here
+
+
+@dataclass(frozen=True)
+class Track:
+    """One measured quantity of one training: value at step and second; equal lengths, ascending steps."""
+
+    steps: tuple[float, ...]
+    seconds: tuple[float, ...]
+    values: tuple[float, ...]
+
+    def thinned(self, points: int = POINTS) -> Track:
+        """At most about `points` of them: lowest and highest of every stretch, so that no spike is lost."""
+        n = len(self.values)
+        if n <= points:
+            return self
+        edges = [i * n // (points // 2) for i in range(points // 2 + 1)]
+        kept = {0, n - 1}
+        for start, stop in pairwise(edges):
+            stretch = range(start, stop)
+            kept.add(min(stretch, key=lambda i: _order(self.values[i])))
+            kept.add(max(stretch, key=lambda i: _order(self.values[i])))
+        order = sorted(kept)
+        return Track(*(tuple(column[i] for i in order) for column in (self.steps, self.seconds, self.values)))
+
+
+@dataclass(frozen=True)
+class Series:
+    """One training in the plots; one hue is switched together, `faint` lines stay in the background."""
+
+    name: str
+    hue: int
+    tracks: dict[str, Track]
+    faint: bool = False
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What a panel may show. `flip` says that its logarithmic form is 1 − value: the error of an accuracy."""
+
+    key: str
+    name: str
+    title: str
+    log_title: str
+    percent: bool = False
+    flip: bool = False
+    log: bool = True  # a logarithmic form exists
+
+
+@dataclass(frozen=True)
+class Path:
+    """One line of a panel: an SVG path in the box, of the series with this index."""
+
+    series: int
+    d: str
+    dots: str = ""  # where the points are few, each is drawn
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One drawing: axes, ticks and lines."""
+
+    key: str
+    name: str
+    title: str
+    quantity: str
+    against: str
+    flip: bool
+    x: Axis
+    y: Axis
+    paths: list[Path]
+    marks: list[float] = field(default_factory=list)  # places on x of skipped steps
+
+    @property
+    def x_ticks(self) -> list[Tick]:
+        """The ticks of the horizontal axis."""
+        return self.x.ticks(6)
+
+    @property
+    def y_ticks(self) -> list[Tick]:
+        """The ticks of the vertical axis."""
+        return self.y.ticks(5)
+
+    def data(self) -> dict[str, Any]:
+        """What the script needs to find the point below the pointer."""
+        return {
+            "quantity": self.quantity,
+            "against": self.against,
+            "flip": self.flip,
+            "x": _axis_data(self.x),
+            "y": _axis_data(self.y),
+        }
+
+
+def panels(
+    series: Sequence[Series], quantities: Iterable[Quantity], marks: Sequence[Track] = ()
+) -> list[Panel]:
+    """Every quantity that was measured, against steps and seconds, linear and (if it has one) logarithmic."""
+    return [
+        panel(series, quantity, against, log, marks)
+        for quantity in quantities
+        if any(s.tracks.get(quantity.key) for s in series)
+        for against in ("steps", "seconds")
+        for log in ((True, False) if quantity.log else (False,))
+    ]
+
+
+def panel(
+    series: Sequence[Series], quantity: Quantity, against: str, log: bool, marks: Sequence[Track] = ()
+) -> Panel:
+    """Draw one quantity of all series."""
+    flip = log and quantity.flip
+    drawn = [
+        (i, getattr(t, against), [_flipped(v) for v in t.values] if flip else t.values)
+        for i, s in enumerate(series)
+        if (t := s.tracks.get(quantity.key))
+    ]
+    x = spanning((v for _, xs, _ in drawn for v in xs), zero=True)
+    y = spanning(_shown(series, drawn), log=log, percent=quantity.percent)
+    return Panel(
+        key="-".join((quantity.key, against, "log" if log else "linear")),
+        name=quantity.name,
+        title=quantity.log_title if log else quantity.title,
+        quantity=quantity.key,
+        against=against,
+        flip=flip,
+        x=x,
+        y=y,
+        paths=[_drawn(i, xs, values, x, y) for i, xs, values in drawn],
+        marks=[x.place(v) for track in marks for v in getattr(track, against)],
+    )
+
+
+def path(xs: Sequence[float], ys: Sequence[float], x: Axis, y: Axis) -> str:
+    """The `d` of an SVG path; a value that is no number, or too small for a logarithm, breaks the line.
+
+    >>> path([0, 1], [0.0, 1.0], Axis(0, 1), Axis(0, 1))
+    'M0 1000h0L1000 0'
+    """
+    return "".join(
+        f"M{points[0]}h0" + "".join(f"L{p}" for p in points[1:]) for points in _strokes(xs, ys, x, y)
+    )
+
+
+def _strokes(xs: Sequence[float], ys: Sequence[float], x: Axis, y: Axis) -> list[list[str]]:
+    """The unbroken pieces of a line, as pairs of coordinates in the box."""
+    strokes: list[list[str]] = [[]]
+    for at, value in zip(xs, ys, strict=True):
+        if math.isfinite(at) and math.isfinite(value) and (value > 0 or not y.log):
+            down = round(BOX * (1 - y.place(value)))
+            strokes[-1].append(f"{round(BOX * x.place(at))} {max(-9 * BOX, min(down, 9 * BOX))}")
+        elif strokes[-1]:
+            strokes.append([])
+    return [stroke for stroke in strokes if stroke]
+
+
+def _drawn(series: int, xs: Sequence[float], ys: Sequence[float], x: Axis, y: Axis) -> Path:
+    few = [point for stroke in _strokes(xs, ys, x, y) for point in stroke] if len(xs) <= FEW else []
+    return Path(series, path(xs, ys, x, y), "".join(f"M{point}h0" for point in few))
+
+
+def _shown(
+    series: Sequence[Series], drawn: Sequence[tuple[int, Sequence[float], Sequence[float]]]
+) -> list[float]:
+    """What the vertical axis must hold: the strong lines, so that one bad trial does not flatten the rest."""
+    strong = [v for i, _, values in drawn if not series[i].faint for v in values if math.isfinite(v)]
+    return strong or [v for _, _, values in drawn for v in values]
+
+
+def _flipped(value: float) -> float:
+    return 1 - value
+
+
+def _order(value: float) -> float:
+    return value if math.isfinite(value) else math.inf
+
+
+def _axis_data(axis: Axis) -> dict[str, Any]:
+    return {"low": axis.low, "high": axis.high, "log": axis.log, "percent": axis.percent}

@@ -1,0 +1,197 @@
+"""The page of one training, from its journal."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from downslope.folder import read_file
+from downslope.report import events as ev
+from downslope.report.plot import Quantity, Series, Track, panel, panels
+from downslope.report.text import duration, number, plural, redact
+from downslope.report.view import Curves, Fact, Legend, Metric, Page, Recipe, Schedule
+
+POINTS = 600  # a training has the page to itself
+LARGEST_RECIPE = 2**20  # bytes; the same limit as for reading a recipe
+
+USE = """\
+import downslope as ds
+
+recipe = ds.Recipe.load("recipe.toml")
+optimizer = recipe.build(model, steps={steps})  # your model, and how long you train
+
+for x, y in batches:
+    optimizer.zero_grad()
+    loss_function(model(x), y).backward()
+    optimizer.step()  # schedule, clipping and decay are inside
+"""
+
+
+class Log:
+    """A training's events by kind; a step that was repeated after a crash counts once."""
+
+    def __init__(self, events: Iterable[Mapping[str, Any]], name: str) -> None:
+        """Raises BadInput where an event is wrong."""
+        self.start = ev.Start()
+        self.end: ev.TrainingEnd | None = None
+        steps: dict[int, ev.Step] = {}
+        valid: dict[int, ev.Measured] = {}
+        skips: dict[int, ev.Skip] = {}
+        for record in ev.typed(events, ev.TRAINING, name):
+            match record:
+                case ev.Start():
+                    self.start = record
+                case ev.Step():
+                    steps[record.step] = record
+                case ev.Measured():
+                    valid[record.step] = record
+                case ev.Skip():
+                    skips[record.step] = record
+                case ev.TrainingEnd():
+                    self.end = record
+        self.steps = [steps[step] for step in sorted(steps)]
+        self.valid = [valid[step] for step in sorted(valid)]
+        self.skips = [skips[step] for step in sorted(skips)]
+        percent = "accuracy" in self.start.metric.lower() and all(0 <= v.metric <= 1 for v in self.valid)
+        self.metric = Metric(self.start.metric, self.start.higher_is_better, percent)
+
+    @property
+    def last_step(self) -> int:
+        """The last applied update that the journal tells of."""
+        return max([0, *(m.step for group in (self.steps, self.valid) for m in group)])
+
+    @property
+    def seconds(self) -> float | None:
+        """Computing time so far."""
+        known = [m.seconds for group in (self.steps, self.valid) for m in group if math.isfinite(m.seconds)]
+        return max(known, default=None)
+
+
+def training_page(events: Iterable[Mapping[str, Any]], folder: Path) -> Page:
+    """Everything the page of one training says."""
+    log = Log(events, str(folder / "journal.jsonl"))
+    series = _series(log)
+    skips = _skips(log)
+    drawn = panels(series, _quantities(log), skips)
+    schedule = (
+        [panel(series, _RATE, "steps", False, skips)] if any("rate" in s.tracks for s in series) else []
+    )
+    return Page(
+        kind="training",
+        task=log.start.task or folder.name,
+        headline=_headline(log, folder),
+        metric=log.metric,
+        facts=_facts(log),
+        command=redact(shlex.join(["downslope", "train", log.start.task, "--seed", str(log.start.seed)])),
+        summary=_summary(log),
+        highlights=_highlights(log),
+        notes=_notes(log),
+        series=series,
+        curves=Curves("", drawn, [Legend(s.name, s.hue) for s in series]) if drawn else None,
+        schedule=Schedule("The rate that every applied update used.", schedule) if schedule else None,
+        recipe=_recipe(log, folder / "recipe.toml"),
+    )
+
+
+_RATE = Quantity("rate", "Learning rate", "Learning rate", "Learning rate", log=False)
+
+
+def _quantities(log: Log) -> list[Quantity]:
+    name, percent = log.metric.name, log.metric.percent
+    error = f"Validation error (100 % − {name})" if percent else f"Validation {name}"
+    return [
+        Quantity("train", "Loss", "Loss", "Loss"),
+        Quantity("metric", name.capitalize(), f"Validation {name}", error, percent=percent, flip=percent),
+    ]
+
+
+def _series(log: Log) -> list[Series]:
+    """Two lines: what was measured while training, and in validation."""
+    training, validation = {}, {}
+    if log.steps:
+        at = tuple(float(s.step) for s in log.steps)
+        clock = tuple(s.seconds for s in log.steps)
+        training["train"] = Track(at, clock, tuple(s.loss for s in log.steps)).thinned(POINTS)
+        if any(s.lr is not None for s in log.steps):
+            rates = tuple(math.nan if s.lr is None else s.lr for s in log.steps)
+            training["rate"] = Track(at, clock, rates).thinned(POINTS)
+    if log.valid:
+        at = tuple(float(v.step) for v in log.valid)
+        clock = tuple(v.seconds for v in log.valid)
+        validation["train"] = Track(at, clock, tuple(v.loss for v in log.valid)).thinned(POINTS)
+        validation["metric"] = Track(at, clock, tuple(v.metric for v in log.valid)).thinned(POINTS)
+    both = [Series("training", 0, training), Series("validation", 1, validation)]
+    return [series for series in both if series.tracks]
+
+
+def _skips(log: Log) -> list[Track]:
+    clock = {s.step: s.seconds for s in log.steps}
+    at = tuple(float(s.step) for s in log.skips)
+    return [Track(at, tuple(clock.get(s.step, math.nan) for s in log.skips), at)] if at else []
+
+
+def _headline(log: Log, folder: Path) -> str:
+    task = log.start.task or folder.name
+    if log.end is None:
+        return f"The training of {task} is at step {log.last_step}"
+    if not log.valid:
+        return f"{task} was trained for {plural(log.end.step, 'step')}"
+    return f"{task} reached a validation {log.metric.name} of {log.metric.write(log.valid[-1].metric)}"
+
+
+def _summary(log: Log) -> list[str]:
+    if log.end is None:
+        return ["It is not finished; `downslope resume` goes on where it stopped."]
+    best = log.valid[0] if log.valid else None
+    for measured in log.valid:
+        best = measured if best is None or log.metric.better(measured.metric, best.metric) else best
+    text = f"Trained for {plural(log.end.step, 'applied step')}"
+    text += f" in {duration(log.seconds)} of computing." if log.seconds is not None else "."
+    if best is not None and log.valid and best.metric != log.valid[-1].metric:
+        value = log.metric.write(best.metric)
+        text += f" The best {log.metric.name} on the way was {value}, at step {best.step}."
+    return [text]
+
+
+def _highlights(log: Log) -> list[Fact]:
+    facts = []
+    if log.valid:
+        facts.append(Fact(f"Validation {log.metric.name}", log.metric.write(log.valid[-1].metric)))
+        facts.append(Fact("Validation loss", number(log.valid[-1].loss, 4)))
+    test = log.end.test if log.end else None
+    if test is not None:
+        facts.append(Fact(f"Test {log.metric.name}", log.metric.write(test.metric)))
+    facts.append(Fact("Applied steps", str(log.end.step if log.end else log.last_step)))
+    facts.append(Fact("Computing time", duration(log.seconds)))
+    return facts
+
+
+def _facts(log: Log) -> list[Fact]:
+    facts = [Fact("Task", log.start.task), Fact("Seed", str(log.start.seed))]
+    if log.start.recipe:
+        facts.append(Fact("Recipe", f"hash {log.start.recipe[:12]}"))
+    facts.append(Fact("Loss", "mean over the batch while training; mean over the whole part in validation"))
+    return facts
+
+
+def _notes(log: Log) -> list[str]:
+    if not log.skips:
+        return []
+    names = list(dict.fromkeys(name for skip in log.skips for name in skip.names))
+    culprits = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    many = len(log.skips) > 1
+    text = (
+        f"{plural(len(log.skips), 'update')} {'were' if many else 'was'} skipped: a gradient was not finite"
+    )
+    text += f" (in {culprits})." if culprits else "."
+    return [f"{text} Marks at the foot of the curves show where."]
+
+
+def _recipe(log: Log, path: Path) -> Recipe | None:
+    if not path.is_file():
+        return None
+    text = read_file(path, LARGEST_RECIPE).decode("utf-8", "replace")
+    return Recipe("The recipe", "recipe.toml", text, USE.format(steps=log.start.steps or log.last_step))
