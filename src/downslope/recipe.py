@@ -1,0 +1,402 @@
+"""Recipe: every optimisation choice of one training, as plain data in one TOML file.
+
+What is left out of the file takes the package's default, and `text()` writes every number out: a saved recipe
+means the same when a default changes. Two recipes are equal, and have one hash, when they say the same,
+however they are written.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
+from typing import Any, NamedTuple, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
+
+from downslope import toml
+from downslope.errors import BadInput, nearest, under
+from downslope.folder import read_file, write_file
+from downslope.groups import ROLES, groups
+from downslope.optimizer import Optimizer, plain_name
+from downslope.rules import LINKS, RULES, Chain, Part, Rule, chain
+from downslope.rules.rule import check
+from downslope.schedule import Duration, Schedule, duration, in_steps
+
+CATALOGUE = {**LINKS, **RULES}
+
+
+class Difference(NamedTuple):
+    """One choice in which two recipes differ; None where a recipe does not have it."""
+
+    key: str
+    mine: Any
+    theirs: Any
+
+    def __str__(self) -> str:
+        mine, theirs = ("-" if value is None else _toml(value) for value in (self.mine, self.theirs))
+        return f"{self.key}: {mine} → {theirs}"
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """Every optimisation choice of one training; frozen, equal by content, hashable. Raises BadInput.
+
+    `steps`: length of the training, applied updates or "20 epochs" or "64000 samples". `batch_size`: items
+    per update. `roles`: numbers of the chain overridden for the parameters of a role (see `ds.groups`).
+    `guard`: skip updates whose gradients are not finite. A percentage in a schedule is of the training.
+
+    >>> import downslope as ds
+    >>> rate = ds.cosine(3e-4, steps="100 %", warmup="5 %")
+    >>> recipe = ds.Recipe(ds.chain(ds.adamw(lr=rate)), "20 epochs", 64, roles={"norm": {"weight_decay": 0}})
+    >>> ds.Recipe.parse(recipe.text()) == recipe
+    True
+    """
+
+    chain: Chain
+    steps: Duration
+    batch_size: int
+    roles: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    guard: bool = True
+
+    def __post_init__(self) -> None:
+        with under("chain"):
+            self._set("chain", _whole(self.chain))
+        with under("steps"):
+            self._set("steps", _length(self.steps))
+        with under("batch_size"):
+            if type(self.batch_size) is not int or not 1 <= self.batch_size <= 2**31:
+                raise BadInput(f"batch_size must be a whole number from 1, got {self.batch_size!r}.")
+        with under("guard"):
+            if type(self.guard) is not bool:
+                raise BadInput(f"guard must be true or false, got {self.guard!r}.")
+        with under("roles"):
+            self._set("roles", _overrides(self.roles, self.chain.defaults))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """The recipe in a TOML file of at most 1 MB. BadInput is "file:line: what is wrong"."""
+        data = read_file(path, limit=toml.LARGEST)
+        try:
+            text = data.decode()
+        except UnicodeDecodeError as error:
+            line = data.count(b"\n", 0, error.start) + 1
+            raise BadInput(f"{path}:{line}: not TOML: the text is not UTF-8.") from None
+        return cls.parse(text, str(path))
+
+    @classmethod
+    def parse(cls, text: str, name: str = "recipe.toml") -> Self:
+        """The recipe in a TOML text; `name` stands for the file in errors.
+
+        >>> import downslope as ds
+        >>> ds.Recipe.parse("batchsize = 64", "mine.toml")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        downslope.errors.BadInput: mine.toml:1: unknown key 'batchsize'. Did you mean 'batch_size'? ...
+        """
+        found = toml.parse(text, name)
+        try:
+            return cls.from_data(found.data)
+        except BadInput as error:
+            sentence = str(error)
+            short = sentence if len(sentence) <= 400 else f"{sentence[:400]} …"
+            raise BadInput(f"{name}:{found.line(error.key)}: {short}", key=error.key) from None
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> Self:
+        """The recipe that plain data such as `data()` describes, strictly."""
+        shape = _shape(data)
+        parts = []
+        for place, numbers in enumerate(shape.chain):
+            with under("chain", place):
+                parts.append(_part(numbers))
+        with under("chain", 0):
+            made = chain(*parts)
+        roles = {}
+        for role, numbers in shape.roles.items():
+            with under("roles", role):
+                roles[role] = _numbers(numbers)
+        return cls(made, shape.steps, shape.batch_size, roles, shape.guard)
+
+    def data(self) -> dict[str, Any]:
+        """The recipe as plain JSON or TOML data, with every number written out; `from_data` reads it back."""
+        return {
+            "steps": self.steps,
+            "batch_size": self.batch_size,
+            "guard": self.guard,
+            "chain": [{"part": part.name, **_plain(part.given)} for part in self.chain.parts],
+            "roles": {role: _plain(numbers) for role, numbers in self.roles.items()},
+        }
+
+    def text(self) -> str:
+        """The recipe as TOML, every number written out; `parse` reads it back to an equal recipe."""
+        data = self.data()
+        lines = [f"{key} = {_toml(data[key])}" for key in ("steps", "batch_size", "guard")]
+        for numbers in data["chain"]:
+            lines += ["", "[[chain]]", *_pairs(numbers)]
+        for role, numbers in data["roles"].items():
+            lines += ["", f"[roles.{role}]", *_pairs(numbers)]
+        return "\n".join(lines) + "\n"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `text()` to a file, whole or not at all."""
+        write_file(path, self.text().encode())
+
+    @property
+    def hash(self) -> str:
+        """SHA-256, in hexadecimal, of what the recipe says, however its file is spelt and ordered."""
+        text = json.dumps(self.data(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def diff(self, other: "Recipe") -> list[Difference]:
+        """What differs, as (key, mine, theirs); each prints as one line.
+
+        >>> import downslope as ds
+        >>> recipe = ds.Recipe(ds.chain(ds.adamw(lr=1e-3)), steps=100, batch_size=64)
+        >>> print(*recipe.diff(recipe.with_(lr=3e-3, steps=200)), sep="\\n")
+        steps: 100 → 200
+        adamw.lr: 0.001 → 0.003
+        """
+        return list(_differences("", self._outline(), other._outline()))
+
+    def with_(self, **changes: Any) -> "Recipe":
+        """The same recipe but for these fields (`steps`, …) or numbers of its chain (`lr`, …)."""
+        own = {item.name for item in fields(self)}
+        made = replace(self, **{name: value for name, value in changes.items() if name in own})
+        numbers = {name: value for name, value in changes.items() if name not in own}
+        for name in numbers:
+            if name not in made.chain.defaults:
+                raise BadInput(_unknown(name, [*own, *made.chain.defaults]))
+        return replace(made, chain=_changed(made.chain, numbers)) if numbers else made
+
+    def run_steps(self, steps_per_epoch: int | None = None) -> int:
+        """The length of the training in applied updates; a length in epochs needs to know how long one is."""
+        return max(1, in_steps(self.steps, steps_per_epoch=steps_per_epoch, batch_size=self.batch_size))
+
+    def build(
+        self, model: nn.Module, steps: int | None = None, steps_per_epoch: int | None = None
+    ) -> Optimizer:
+        """The optimizer of this recipe for a model: a group per role with its own numbers, one for the rest.
+
+        `steps`: length of the training in applied updates, if not the recipe's; `steps_per_epoch`: needed
+        where a length is given in epochs.
+
+        >>> import downslope as ds, torch
+        >>> recipe = ds.Recipe(ds.chain(ds.adamw(lr=ds.linear(1e-3, steps="100 %"))), "5 epochs", 64)
+        >>> recipe.build(torch.nn.Linear(3, 1), steps_per_epoch=20).param_groups[0]["lr"]
+        0.001
+        """
+        rates = {
+            "run_steps": self.run_steps(steps_per_epoch) if steps is None else steps,
+            "steps_per_epoch": steps_per_epoch,
+            "batch_size": self.batch_size,
+        }
+        named = groups(model)
+        members: dict[str, list[tuple[str, nn.Parameter]]] = {"rest": []}
+        for name, parameter in model.named_parameters():
+            role = named.role(name) if named.role(name) in self.roles else "rest"
+            members.setdefault(role, []).append((plain_name(name), parameter))
+        listed = [
+            {"params": held, "role": role, **_resolved(self.roles.get(role, {}), rates)}
+            for role, held in members.items()
+            if held
+        ]
+        resolved = _changed(self.chain, _resolved(self.chain.defaults, rates))
+        return Optimizer(listed, resolved, guard=self.guard)
+
+    def _outline(self) -> dict[str, Any]:
+        """The recipe's data with the parts of its chain by name."""
+        data: dict[str, Any] = {**self.data(), "chain": self.chain.name}
+        roles = data.pop("roles")
+        for part in self.chain.parts:
+            twins = sum(key == part.name or key.startswith(f"{part.name}#") for key in data)
+            data[f"{part.name}#{twins + 1}" if twins else part.name] = _plain(part.given)
+        return {**data, "roles": roles}
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self.data() == other.data()
+
+    def __hash__(self) -> int:
+        return hash(self.hash)
+
+
+class _Shape(BaseModel):
+    """What a file must look like before anything in it is understood."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    steps: Any = Field(examples=['steps = "20 epochs"'])
+    batch_size: Any = Field(examples=["batch_size = 64"])
+    guard: Any = True
+    chain: list[dict[str, Any]] = Field(min_length=1, examples=['a table [[chain]] with part = "adamw"'])
+    roles: dict[str, dict[str, Any]] = {}
+
+
+def _shape(data: Mapping[str, Any]) -> _Shape:
+    try:
+        return _Shape.model_validate(data)
+    except ValidationError as error:
+        # A misspelt key is unknown and missing at once: the first is the better thing to say.
+        worst = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+        name = str(worst["loc"][0]) if worst["loc"] else ""
+        known = _Shape.model_fields.get(name)
+        if worst["type"] == "extra_forbidden":
+            said = _unknown(name, _Shape.model_fields)
+        elif worst["type"] == "missing" and known and known.examples:
+            said = f"a recipe needs {name!r}, such as {known.examples[0]}."
+        else:
+            said = f"{name}: {worst['msg'][:1].lower()}{worst['msg'][1:]}, got {worst['input']!r}."
+        raise BadInput(said, key=worst["loc"]) from None
+
+
+def _unknown(name: str, allowed: Iterable[str], what: str = "key") -> str:
+    names = list(allowed)
+    return f"unknown {what} {name!r}.{nearest(name, names)} Allowed: {', '.join(names)}."
+
+
+def _part(numbers: Mapping[str, Any]) -> Part:
+    name = numbers.get("part")
+    with under("part"):
+        if not isinstance(name, str) or name not in CATALOGUE:
+            raise BadInput(_unknown(str(name), CATALOGUE, "part"))
+    given = _numbers({key: value for key, value in numbers.items() if key != "part"})
+    for key, value in given.items():
+        with under(key):
+            Part(CATALOGUE[name], {key: value})
+    return Part(CATALOGUE[name], MappingProxyType(given))
+
+
+def _numbers(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers as data writes them, with tables read as schedules."""
+    found = {}
+    for key, value in table.items():
+        with under(key):
+            found[key] = _number(value)
+    return found
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return Schedule.from_data(value)
+    if isinstance(value, list):
+        return tuple(_number(one) for one in value)
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise BadInput("a whole number of more than 64 bits.")
+    return value
+
+
+def _whole(given: Chain | Part | Rule) -> Chain:
+    """The chain with every number written out, as only the catalogue's parts can be."""
+    made = chain(given)
+    if isinstance(given, Chain) and given.renamed:
+        raise BadInput("the numbers of a recipe's chain have the catalogue's names; this chain renames some.")
+    rules = [place for place, part in enumerate(made.parts) if part.rule.kind == "rule"]
+    owner = next((place for place in rules if "lr" in made.parts[place].given), rules[0])
+    parts = []
+    for place, part in enumerate(made.parts):
+        with under(place):
+            if CATALOGUE.get(part.name) is not part.rule:
+                raise BadInput(
+                    f"a recipe is made of the catalogue's rules and links; {part.name} is not one."
+                )
+            numbers = {key: value for key, value in part.numbers.items() if key != "lr" or place == owner}
+            parts.append(Part(part.rule, MappingProxyType(_settled(numbers, part.rule.numbers))))
+    whole = chain(*parts)
+    _ = whole.keys  # refuses a part that stands twice with numbers of one name
+    return whole
+
+
+def _settled(numbers: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Checked, and in one form: floats, tuples of floats, schedules."""
+    found = {}
+    for key, value in numbers.items():
+        with under(key):
+            if key not in defaults:
+                raise BadInput(_unknown(key, defaults, "number"))
+            check(key, key.split(".")[-1], value, defaults[key])
+            found[key] = _one_form(key, value)
+    return found
+
+
+def _one_form(key: str, value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return tuple(_one_form(key, one) for one in value)
+    return value if isinstance(value, Schedule) else float(value) + 0.0  # and not -0.0
+
+
+def _overrides(
+    roles: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]
+) -> Mapping[str, Mapping[str, Any]]:
+    found = {}
+    for role, numbers in roles.items():
+        with under(role):
+            if role not in ROLES:
+                raise BadInput(_unknown(role, ROLES, "role"))
+            if settled := _settled(numbers, defaults):
+                found[role] = MappingProxyType(settled)
+    return MappingProxyType(found)
+
+
+def _length(value: object) -> Duration:
+    steps = duration(value)
+    if steps == 0 or str(steps).endswith("%"):
+        raise BadInput(
+            f'steps of a training are a whole number from 1, or such as "20 epochs", got {value!r}.'
+        )
+    return steps
+
+
+def _changed(made: Chain, numbers: Mapping[str, Any]) -> Chain:
+    """The chain with these numbers, named as in its param groups."""
+    parts = []
+    for part, keys in zip(made.parts, made.keys, strict=True):
+        own = {key: "betas" if index is not None else argument for argument, (key, index) in keys.items()}
+        own |= {"lr": "lr"} if "lr" in part.given else {}
+        new = {own[key]: value for key, value in numbers.items() if key in own}
+        parts.append(Part(part.rule, MappingProxyType({**part.given, **new})))
+    return chain(*parts)
+
+
+def _resolved(numbers: Mapping[str, Any], rates: Mapping[str, int | None]) -> dict[str, Any]:
+    def resolved(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(resolved(one) for one in value)
+        return value.resolve(**rates) if isinstance(value, Schedule) else value
+
+    return {key: resolved(value) for key, value in numbers.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Schedule):
+        return value.data()
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, tuple) else value
+
+
+def _differences(key: str, mine: Any, theirs: Any) -> Iterator[Difference]:
+    tables = isinstance(mine, dict) and isinstance(theirs, dict)
+    if tables and mine.get("schedule") == theirs.get("schedule"):
+        for name in dict.fromkeys([*mine, *theirs]):
+            yield from _differences(f"{key}.{name}".lstrip("."), mine.get(name), theirs.get(name))
+    elif mine != theirs:
+        yield Difference(key, mine, theirs)
+
+
+def _pairs(table: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{key if key.isidentifier() else json.dumps(key)} = {_toml(value)}" for key, value in table.items()
+    ]
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML writes it. Recipes hold no text but plain words, which JSON and TOML write alike."""
+    if isinstance(value, dict):
+        return f"{{ {', '.join(_pairs(value))} }}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    return json.dumps(value)
