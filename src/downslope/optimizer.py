@@ -136,10 +136,9 @@ class Optimizer(torch.optim.Optimizer):
         beside them.
         """
         packed: dict[str, Any] = super().state_dict()
-        for slots in packed[
-            "state"
-        ].values():  # live counters are views of one vector, which file formats refuse
-            slots["t"] = slots["t"].clone()
+        # Copies of the counters, in copies of torch's tables (which are the live ones): the live counters
+        # must stay views of one vector, and file formats refuse such views.
+        packed["state"] = {key: {**slots, "t": slots["t"].clone()} for key, slots in packed["state"].items()}
         packed["schedules"] = [
             [[key, index, schedule.data()] for (key, index), schedule in following.items()]
             for following in self._following
