@@ -26,8 +26,7 @@ from downslope.rules.catalogue import (
 from downslope.rules.links import clip_norm, clip_value, decay, l1, l2
 from downslope.schedule import Schedule, constant, cosine, exponential, linear, step, wsd
 from downslope.tasks import Task, accuracy, cross_entropy, squared_error, task, tasks
-
-__version__ = "0.1.0.dev0"
+from downslope.version import __version__
 
 __all__ = [
     "SGD",
@@ -50,6 +49,7 @@ __all__ = [
     "Step",
     "Task",
     "UserCodeError",
+    "__version__",
     "accuracy",
     "adagrad",
     "adam",

@@ -42,10 +42,10 @@ def accuracy(model: nn.Module, batch: Batch) -> Tensor:
     return right.float().mean()
 
 
-def plain_recipe() -> Recipe:
-    """What trains a task that names no recipe: AdamW at torch's default rate under a cosine, 20 epochs."""
-    rate = cosine(1e-3, steps="100 %", warmup="5 %")
-    return Recipe(chain=chain(adamw(lr=rate, weight_decay=0.01)), steps="20 epochs", batch_size=32)
+def plain_recipe(rate: float = 1e-3) -> Recipe:
+    """AdamW under a cosine, 20 epochs of batches of 32; at torch's default rate unless another is given."""
+    falling = cosine(rate, steps="100 %", warmup="5 %")
+    return Recipe(chain=chain(adamw(lr=falling, weight_decay=0.01)), steps="20 epochs", batch_size=32)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,213 @@
+"""The command line: results on stdout, faults as one line on stderr, exit codes that scripts can trust."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from downslope.cli import run
+from downslope.rules import links, rules
+from downslope.schedule import KINDS
+from downslope.tasks import tasks
+
+QUICK = """
+import torch
+import downslope as ds
+from downslope.recipe import Recipe
+
+def quick(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(64, 3, generator=generator)
+    y = x.sum(dim=1, keepdim=True)
+    print("made by the user")
+    recipe = Recipe(chain=ds.chain(ds.sgd(lr=0.1)), steps=STEPS, batch_size=16)
+    return ds.Task(model=lambda: torch.nn.Linear(3, 1), train=(x, y), valid=(x, y), loss=LOSS, recipe=recipe)
+
+def broken(seed=0):
+    raise RuntimeError("the data is gone")
+
+def sick(model, batch):
+    raise ValueError("a loss that raises")
+"""
+
+
+def downslope(*arguments: str, cwd: Path, **given: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "downslope", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False, **given)  # type: ignore[call-overload,no-any-return]
+
+
+def write(folder: Path, steps: int = 8, loss: str = "ds.squared_error") -> None:
+    (folder / "cli_task.py").write_text(QUICK.replace("STEPS", str(steps)).replace("LOSS", loss))
+
+
+def one_line(text: str) -> str:
+    assert text.startswith("downslope: ")
+    assert text.count("\n") == 1
+    assert text.endswith("\n")
+    return text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["race", "digit-cnn"], "There is no task 'digit-cnn'. Did you mean 'digits-cnn'?"),
+        (["train", "digits-cn"], "Did you mean 'digits-cnn'?"),
+        (["train", "nowhere.py:task"], "The task file nowhere.py cannot be read: No such file or directory."),
+        (["train", "digits-mlp", "--recipe", "nowhere.toml"], "nowhere.toml"),
+        (["show", "adamm"], "There is no rule, link or schedule 'adamm'. Did you mean 'adam'?"),
+        (["show", "cosin"], "Did you mean 'cosine'?"),
+        (["list", "task"], "There is no list 'task'. Did you mean 'tasks'?"),
+        (["rase", "digits-cnn"], "rase"),
+        (["race"], "TASK"),
+        (["race", "digits-cnn", "--sedes", "3"], "--seeds"),
+        (["race", "digits-cnn", "--seeds", "many"], "many"),
+        (["race", "digits-cnn", "--seed", "-1"], "-1"),
+        (["race", "digits-cnn", "--budget", "20y"], "20y"),
+        (["resume", "nowhere"], "nowhere"),
+        (["report", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    arguments: list[str],
+    sentence: str,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(arguments) == 2
+    said = capfd.readouterr()
+    assert sentence in one_line(said.err)
+    assert said.out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_and_version_succeed(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == run(["--help"]) == run(["race", "--help"]) == 0
+    assert "race" in capfd.readouterr().out
+    assert run(["--version"]) == 0
+    assert capfd.readouterr().out.strip()[0].isdigit()
+
+
+def test_list_names_everything(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["list", "--json"]) == 0
+    listed = json.loads(capfd.readouterr().out)
+    every = {"tasks": tasks(), "rules": rules(), "links": links(), "schedules": KINDS}
+    assert {kind: list(rows) for kind, rows in listed.items()} == {
+        kind: list(names) for kind, names in every.items()
+    }
+    assert all(text for rows in listed.values() for text in rows.values())
+    assert run(["list", "rules"]) == 0
+    text = capfd.readouterr().out
+    assert all(f"  {name} " in text for name in rules())
+    assert "digits-cnn" not in text
+
+
+@pytest.mark.parametrize("name", [*rules(), *links()])
+def test_show_prints_formula_source_and_numbers(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    item = {**rules(), **links()}[name]
+    assert run(["show", name]) == 0
+    page = capfd.readouterr().out
+    assert all(line.strip() in page for line in item.formula.splitlines())
+    assert item.source in page
+    assert all(f"{number} = {value}" in page for number, value in item.numbers.items())
+    assert run(["show", name, "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["numbers"].keys() == item.numbers.keys()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_show_prints_a_schedule_with_its_values(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["show", name]) == 0
+    assert name in capfd.readouterr().out
+    assert run(["show", name, "--json"]) == 0
+    data = json.loads(capfd.readouterr().out)
+    assert data["example"]["data"]["schedule"] == name
+    assert data["example"]["values"][0] == [0, 1.0]
+
+
+def test_the_users_exception_shows_their_frames_and_exits_with_1(tmp_path: Path) -> None:
+    write(tmp_path)
+    done = downslope("train", "cli_task.py:broken", cwd=tmp_path)
+    assert done.returncode == 1
+    *trace, last = done.stderr.splitlines()
+    assert trace[0] == "Traceback (most recent call last):"
+    assert trace[-1] == "RuntimeError: the data is gone"
+    assert "downslope" not in "".join(trace)
+    assert (
+        last == "downslope: The task function 'broken' of cli_task.py raised RuntimeError: the data is gone"
+    )
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_loss_that_raises_is_the_users_fault_too(tmp_path: Path) -> None:
+    write(tmp_path, loss="sick")
+    done = downslope("train", "cli_task.py:quick", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "ValueError: a loss that raises" in done.stderr
+    assert 'in sick\n    raise ValueError("a loss that raises")' in done.stderr
+    assert "/downslope/" not in done.stderr
+
+
+def test_train_answers_machines_with_one_document_whatever_the_user_prints(tmp_path: Path) -> None:
+    write(tmp_path)
+    done = downslope("train", "cli_task.py:quick", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert (tmp_path / answer["folder"] / "recipe.toml").exists()
+    assert "made by the user" in done.stderr
+
+
+def test_report_of_a_run_prints_where_the_page_lies(tmp_path: Path) -> None:
+    write(tmp_path)
+    assert downslope("train", "cli_task.py:quick", "--out", "mine", cwd=tmp_path).returncode == 0
+    done = downslope("report", "mine", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / done.stdout.strip()).read_text("utf-8").startswith("<!doctype html>")
+
+
+def test_ctrl_c_exits_with_130_and_says_how_to_go_on(tmp_path: Path) -> None:
+    write(tmp_path, steps=10**7)
+    command = [sys.executable, "-m", "downslope", "train", "cli_task.py:quick", "--out", "mine"]
+    child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    journal = tmp_path / "mine" / "journal.jsonl"
+    deadline = time.monotonic() + 60
+    while (
+        child.poll() is None
+        and time.monotonic() < deadline
+        and not (journal.exists() and journal.stat().st_size > 500)
+    ):
+        time.sleep(0.05)
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == 130, err
+    assert out == ""
+    assert "To go on: downslope resume mine" in err
+    assert "Traceback" not in err
+
+
+def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
+    read, write_end = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "downslope", "list"]
+    done = subprocess.run(
+        command, stdout=write_end, stderr=subprocess.PIPE, cwd=tmp_path, text=True, check=False, timeout=60
+    )
+    os.close(write_end)
+    assert done.stderr == ""
+    assert done.returncode == 1
+
+
+def test_an_output_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / "plain").write_text("a file")
+    for out in ("plain", "plain/inside"):
+        done = downslope("train", "cli_task.py:quick", "--out", out, cwd=tmp_path)
+        assert done.returncode == 2, done.stderr
+        assert "plain" in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
+    assert (tmp_path / "plain").read_text() == "a file"

@@ -1,0 +1,74 @@
+"""What README and docs show is run as it is written."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from downslope.cli import run
+from downslope.errors import BadInput
+from downslope.recipe import Recipe
+from downslope.tasks import load, size
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    found = [(page.name, match[2]) for page in PAGES for match in BLOCK.finditer(page.read_text("utf-8"))]
+    kinds = [match[1] for page in PAGES for match in BLOCK.finditer(page.read_text("utf-8"))]
+    return [block for block, kind in zip(found, kinds, strict=True) if kind == language]
+
+
+@pytest.mark.parametrize(("page", "code"), blocks("python"))
+def test_python_runs_as_written(page: str, code: str, tmp_path: Path) -> None:
+    (tmp_path / "example.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "example.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{page}: {done.stderr}"
+
+
+@pytest.mark.parametrize(("page", "text"), blocks("toml"))
+def test_recipes_load_as_written(page: str, text: str) -> None:
+    assert Recipe.parse(text, page).steps
+
+
+def test_the_wrong_key_of_the_recipe_page_is_refused_as_written() -> None:
+    (_, text), *_ = blocks("toml")
+    line = next(sentence for _, sentence in blocks("") if sentence.startswith("recipe.toml:"))
+    with pytest.raises(BadInput) as caught:
+        Recipe.parse(text.replace("weight_decay = 0.01", "weight_deca = 0.01"))
+    number, said = str(caught.value).removeprefix("recipe.toml:").split(":", 1)
+    assert int(number) == text[: text.index("weight_decay")].count("\n") + 1
+    assert said.startswith(line.strip().split(":", 2)[2].removesuffix(" …"))
+
+
+def test_the_loop_of_ones_own_is_ten_lines() -> None:
+    loop = next(code for page, code in blocks("python") if page == "README.md")
+    assert len([line for line in loop.splitlines() if line]) <= 11
+
+
+def test_the_example_of_a_task_is_twenty_lines_and_trains(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code = next(code for page, code in blocks("python") if page == "task.md")
+    assert len([line for line in code.splitlines() if line and not line.startswith("#")]) <= 20
+    path = tmp_path / "sine.py"
+    path.write_text(code)
+    assert size(load(f"{path}:sine").train) == 512
+    assert run(["train", f"{path}:sine", "--out", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_every_picture_and_page_that_is_linked_exists() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text("utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links {target}"
