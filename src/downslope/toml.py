@@ -9,6 +9,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 from downslope.errors import BadInput
@@ -34,13 +35,15 @@ _WHERE = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)$")
 
 @dataclass(frozen=True)
 class Text:
-    """What a text says, and where: `data` as `tomllib` reads it; `lines`, from 1, by the path of the key.
-
-    A path is made of keys and places in arrays: ("chain", 0, "lr").
-    """
+    """What a text says, `data` as `tomllib` reads it, and where it says it."""
 
     data: dict[str, Any]
-    lines: Mapping[Path, int]
+    text: str
+
+    @cached_property
+    def lines(self) -> Mapping[Path, int]:
+        """The line of each key, from 1, by its path of keys and places in arrays: ("chain", 0, "lr")."""
+        return _Lines(self.text).found
 
     def line(self, path: Path) -> int:
         """The line of the key at `path`, or of the nearest key that holds it; 1 if nothing does."""
@@ -64,7 +67,7 @@ def parse(text: str, name: str) -> Text:
         where = _WHERE.search(str(error))
         line = where[1] if where and where[1] else text.count("\n") + 1 if where else 1
         raise BadInput(f"{name}:{line}: not TOML: {_WHERE.sub('', str(error))}.") from None
-    return Text(data, _Lines(text).found)
+    return Text(data, text)
 
 
 def _tokens(text: str) -> Iterator[tuple[str, str, int]]:
