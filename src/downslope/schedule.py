@@ -63,7 +63,7 @@ def in_steps(
     steps_per_epoch: int | None = None,
     batch_size: int | None = None,
 ) -> int:
-    """The duration in applied updates, rounded to the nearest. BadInput if what its unit needs is not given.
+    """The duration in applied updates, rounded down. BadInput if what its unit needs is not given.
 
     >>> in_steps("3 epochs", steps_per_epoch=20), in_steps("5 %", run_steps=90)
     (60, 4)
@@ -78,9 +78,8 @@ def in_steps(
         raise BadInput(
             f"{name} is {value!r}: to turn it into steps, {_RATE[unit]} must be given, got {rate}."
         )
-    return round(
-        Fraction(number) / rate if unit == "sample" else Fraction(number) * rate / (100 if unit == "%" else 1)
-    )
+    share = Fraction(number)
+    return int(share / rate if unit == "sample" else share * rate / (100 if unit == "%" else 1))
 
 
 @dataclass(frozen=True, repr=False)
@@ -127,7 +126,8 @@ class Schedule:
     ) -> "Schedule":
         """The same schedule with every duration in steps. BadInput if what a unit needs is not given.
 
-        Rounded to the nearest step, but up to 1 where a length of 0 has no meaning (`steps`, `every`).
+        Rounded down, so that shares of a whole fit into it; but to 1 where 0 means nothing (`steps`,
+        `every`).
         """
         rates = {"run_steps": run_steps, "steps_per_epoch": steps_per_epoch, "batch_size": batch_size}
 
@@ -292,7 +292,9 @@ KINDS: dict[str, Callable[..., Schedule]] = {
 
 def _line(start: float, end: float, i: float, steps: float) -> float:
     """Exact at both ends, and where they are equal in between too."""
-    return end if i >= steps else start + (end - start) * max(i / steps, 0.0)
+    if i >= steps:
+        return end
+    return start + (end - start) * (i / steps) if i > 0 else start
 
 
 def _cosine(i: int, peak: float, steps: int, end: float) -> float:
