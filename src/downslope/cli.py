@@ -48,7 +48,7 @@ TaskName = Annotated[
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder of a run or a race.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Seed = Annotated[
-    int, typer.Option(min=0, help="Of the split of the data, the initial weights and the order of samples.")
+    int, typer.Option(help="Of the split of the data, the initial weights and the order of samples.")
 ]
 
 
@@ -99,17 +99,34 @@ def race(
     budget: Annotated[
         str, typer.Option(help="Of the search: full trainings (20x), steps (5000 steps) or time (10m).")
     ] = "20x",
-    seeds: Annotated[int, typer.Option(min=2, help="Fresh seeds on which the finalists are repeated.")] = 5,
-    workers: Annotated[int, typer.Option(min=1, help="Processes, one thread each.")] = 2,
+    seeds: Annotated[int, typer.Option(help="Fresh seeds on which the finalists are repeated.")] = 5,
+    workers: Annotated[int, typer.Option(help="Processes, one thread each.")] = 2,
+    recipe: Annotated[
+        list[Path] | None, typer.Option(help="A recipe of your own that races too; may be repeated.")
+    ] = None,
+    rule: Annotated[list[str] | None, typer.Option(help="Race these rules only; may be repeated.")] = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Find the best recipe for a task. The same command again goes on where it was stopped."""
-    found = task(name, seed)
-    folder = out or Path("runs", found.name)
-    with _at_work(f"downslope race {shlex.quote(name)} --out {shlex.quote(str(folder))}"):
-        standings = run_race(found, budget=budget, seeds=seeds, out=folder, workers=workers)
-        page = write_report(folder)
+    own = {path.stem: path for path in recipe or []}
+    if len(own) < len(recipe or []):
+        raise BadInput("Two recipes have one file name; the standings could not tell them apart.")
+    with _aside():
+        found = task(name, seed)
+        folder = out or Path("runs", found.name)
+        with _stoppable(shlex.join(["downslope", *sys.argv[1:]])):
+            standings = run_race(
+                found,
+                budget=budget,
+                seeds=seeds,
+                out=folder,
+                workers=workers,
+                seed=seed,
+                recipes=own,
+                rules=rule,
+            )
+            page = write_report(folder)
     _answer(
         as_json,
         {**standings.data(), "folder": str(folder), "report": str(page)},
@@ -128,18 +145,20 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a task by one recipe."""
-    found = task(name, seed)
-    chosen = Recipe.load(recipe) if recipe else found.recipe
-    folder = out or Path("runs", f"{found.name}-{chosen.hash[:8]}-{seed}")
-    with _at_work(f"downslope resume {shlex.quote(str(folder))}"):
-        done = run_training(found, chosen, out=folder, seed=seed)
+    given = Recipe.load(recipe) if recipe else None
+    with _aside():
+        found = task(name, seed)
+        chosen = given or found.recipe
+        folder = out or Path("runs", f"{found.name}-{chosen.hash[:8]}-{seed}")
+        with _stoppable(f"downslope resume {shlex.quote(str(folder))}"):
+            done = run_training(found, chosen, out=folder, seed=seed)
     _trained(done, as_json)
 
 
 @app.command()
 def resume(folder: Folder, as_json: Json = False) -> None:
     """Go on with a run that was stopped; it ends as if it had never been."""
-    with _at_work(f"downslope resume {shlex.quote(str(folder))}"):
+    with _aside(), _stoppable(f"downslope resume {shlex.quote(str(folder))}"):
         done = go_on(folder)
     _trained(done, as_json)
 
@@ -213,20 +232,26 @@ def _finite(data: Any) -> Any:
 
 
 @contextmanager
-def _at_work(again: str) -> Iterator[None]:
-    """Until the verb is done, whatever prints, the user's code and child processes too, prints on stderr."""
+def _aside() -> Iterator[None]:
+    """Whatever prints meanwhile, the user's code and child processes too, prints on stderr."""
     sys.stdout.flush()
     out = os.dup(1)
     os.dup2(2, 1)
     try:
         yield
-    except KeyboardInterrupt:
-        typer.echo(f"\nStopped. To go on: {again}", err=True)
-        raise typer.Exit(130) from None
     finally:
         sys.stdout.flush()
         os.dup2(out, 1)
         os.close(out)
+
+
+@contextmanager
+def _stoppable(again: str) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"\nStopped. To go on: {again}", err=True)
+        raise typer.Exit(130) from None
 
 
 def _won(standings: Standings, folder: Path, page: Path) -> str:
@@ -252,11 +277,12 @@ def _trained(done: Run, as_json: bool) -> None:
 
 
 def _summary(item: Any) -> str:
-    return (
-        item.summary
-        if isinstance(item, Rule)
-        else (inspect.getdoc(item) or "").split("\n\n")[0].replace("\n", " ")
-    )
+    return _prose(item.body if isinstance(item, Rule) else item).split("\n\n")[0].replace("\n", " ")
+
+
+def _prose(item: Any) -> str:
+    """The docstring without its doctest."""
+    return (inspect.getdoc(item) or "").split(">>>")[0].strip()
 
 
 def _columns(rows: Mapping[str, str]) -> str:
@@ -272,7 +298,7 @@ def _rule_data(rule: Rule) -> dict[str, Any]:
     return {
         "name": rule.name,
         "kind": "rule" if rule.kind == "rule" else "link",
-        "summary": rule.summary,
+        "doc": _prose(rule.body),
         "formula": rule.formula.splitlines(),
         "source": rule.source,
         "numbers": {
@@ -293,9 +319,11 @@ def _rule_page(rule: Rule) -> str:
         if rule.rates
         else ""
     )
-    return f"""{rule.name}: {rule.summary}
+    return f"""{rule.name}
 
 {_indented(rule.formula)}
+
+{data["doc"]}
 
 Source: {rule.source}
 
@@ -318,8 +346,7 @@ def _schedule_data(name: str) -> dict[str, Any]:
     return {
         "name": name,
         "kind": "schedule",
-        "summary": _summary(KINDS[name]),
-        "doc": inspect.getdoc(KINDS[name]),
+        "doc": _prose(KINDS[name]),
         "numbers": {key: None if item.default is item.empty else item.default for key, item in parameters},
         "example": {"data": example.data(), "values": [[step, example(step)] for step in range(0, 101, 5)]},
     }
@@ -332,10 +359,9 @@ def _schedule_page(name: str) -> str:
         key if item.default is item.empty else f"{key} = {item.default!r}" for key, item in parameters
     )
     bars = "".join("▁▂▃▄▅▆▇█"[min(7, int(example(step) * 8))] for step in range(0, 100, 2))
-    prose = (inspect.getdoc(KINDS[name]) or "").split(">>>")[0].strip()
     return f"""{name}({numbers})
 
-{prose}
+{_prose(KINDS[name])}
 
     {bars}
     {example!r}, steps 0 to 99

@@ -51,6 +51,8 @@ def task(address: str, seed: int = 0) -> Task:
     Traceback (most recent call last):
     downslope.errors.BadInput: There is no task 'digits-cn'. Did you mean 'digits-cnn'? ...
     """
+    if not 0 <= seed < 2**32:
+        raise BadInput(f"seed must be a whole number from 0, below 2**32, got {seed}.")
     if Entry(address).own or ".py" in address:
         return load(address, seed)
     if address not in _catalogue:
