@@ -71,6 +71,8 @@ def _trial(number: int, rule: str, lr: float, origin: str, names: int) -> Event:
         "steps": STEPS,
         "warmup": 17 if origin == "grid" else 0,
         "cooldown": 68 if origin == "grid" else 0,
+        "end": 0.0,
+        "trunk": {"schedule": "constant", "peak": lr, "warmup": 17 if origin == "grid" else 0},
         "recipe": recipe,
         "hash": f"{number:064x}",
     }

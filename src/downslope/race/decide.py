@@ -23,11 +23,12 @@ class Cut:
 
 @dataclass(frozen=True)
 class Decision:
-    """Cuts so far, finalists if they are known, and the jobs that are still without a verdict; none: the
-    race is over.
+    """Cuts so far, who runs on the present rung, finalists if they are known, and the jobs without a
+    verdict.
     """
 
     cuts: tuple[Cut, ...]
+    runners: tuple[int, ...]
     finalists: tuple[int, ...] | None
     jobs: tuple[Job, ...]
 
@@ -46,7 +47,7 @@ def decide(record: Record) -> Decision:
     for rung in range(len(record.rungs)):
         jobs = tuple(Job(rung, None, trial) for trial in runners)
         if open_jobs := tuple(job for job in jobs if job not in record.verdicts):
-            return Decision(tuple(cuts), None, open_jobs)
+            return Decision(tuple(cuts), runners, None, open_jobs)
         order = rank(record, rung, runners)
         kept = tuple(sorted(_distinct(record, _sound(record, rung, order), _places(record, rung))))
         cuts.append(Cut(rung, order, kept))
@@ -56,7 +57,7 @@ def decide(record: Record) -> Decision:
     chosen = _distinct(record, _sound(record, cuts[-1].rung, cuts[-1].order), record.plan["finalists"])
     finalists = (*chosen, baseline) if baseline not in chosen else chosen
     finals = (Job(None, repeat, trial) for repeat in range(record.plan["seeds"]) for trial in finalists)
-    return Decision(tuple(cuts), finalists, tuple(job for job in finals if job not in record.verdicts))
+    return Decision(tuple(cuts), (), finalists, tuple(job for job in finals if job not in record.verdicts))
 
 
 def rank(record: Record, rung: int, trials: Iterable[int]) -> tuple[int, ...]:

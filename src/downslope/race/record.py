@@ -38,17 +38,23 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True)
 class Trial:
-    """One distinct recipe of a race, under all the names it was entered with."""
+    """One distinct recipe of a race, under all the names it was entered with.
+
+    `lr` is its peak; `trunk` the schedule (as data) of its rate while it is not cooling down, which takes
+    `cooldown` of `steps` updates, to `end`.
+    """
 
     trial: int
     names: tuple[str, ...]
     rule: str
-    lr: float | None
+    lr: float
     family: str
     origin: str
     steps: int
     warmup: int
     cooldown: int
+    end: float
+    trunk: Mapping[str, Any]
     recipe: str
     hash: str
 
@@ -106,16 +112,19 @@ class Verdict:
 
 @dataclass
 class Record:
-    """Everything a decider may know. `take` folds one event in; events of a kind it does not know change
-    nothing.
+    """Everything a decider may know; `take` folds one event in.
+
+    `newest`: the last durable piece of each run, by trial, repeat and run. `deaths`: workers lost on a job
+    since its last durable piece. `announced`: cuts and finalists that the journal already tells its
+    readers.
     """
 
     plan: Event | None = None
-    pace: float | None = None
+    pace: Event | None = None
     trials: tuple[Trial, ...] = ()
     rungs: tuple[Rung, ...] = ()
     verdicts: dict[Job, Verdict] = field(default_factory=dict)
-    durable: dict[Job, Event] = field(default_factory=dict)
+    newest: dict[tuple[int, int | None, str], Event] = field(default_factory=dict)
     deaths: dict[Job, int] = field(default_factory=dict)
     announced: set[int | str] = field(default_factory=set)
     ended: bool = False
@@ -134,8 +143,12 @@ class Record:
         if kind in ("judged", "final", "failed"):
             self.verdicts.setdefault(Job.of(event), Verdict.of(event))
         elif kind == "segment":
-            self.durable[Job.of(event)] = event
             self.deaths.pop(Job.of(event), None)
+            if event["checkpoint"] is not None:
+                self.newest[event["trial"], event["repeat"], event["run"]] = event
+        elif kind == "damaged":
+            for run in ("trunk", "branch", "final"):
+                self.newest.pop((event["trial"], event["repeat"], run), None)
         elif kind == "lost":
             self.deaths[Job.of(event)] = self.deaths.get(Job.of(event), 0) + 1
         elif kind == "race":
@@ -143,7 +156,7 @@ class Record:
             self.trials = tuple(Trial.of(trial) for trial in event["trials"])
             self.rungs = tuple(Rung(Fraction(rung["fraction"]), rung["runners"]) for rung in event["rungs"])
         elif kind == "pace":
-            self.pace = event["seconds_per_step"]
+            self.pace = event
         elif kind in ("cut", "finalists"):
             self.announced.add(event.get("rung", kind))
         elif kind == "end":

@@ -35,7 +35,7 @@ class Row:
     name: str
     trial: int
     rule: str
-    lr: float | None
+    lr: float
     origin: str
     stage: str
     tied: bool

@@ -1,0 +1,161 @@
+"""Who races: a grid of recipes that a practitioner would try, the recipes that the user brings, and the
+baseline.
+
+The grid is ordered by importance: the middle of each rule's own scale first, then outward; where a budget has
+no room for all, the end of the grid stays out and every rule is still there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from downslope.errors import BadInput, nearest
+from downslope.race.record import Trial
+from downslope.recipe import Recipe
+from downslope.rules import chain, links, rules
+from downslope.schedule import Schedule, constant, in_steps, wsd
+from downslope.train.order import steps_per_epoch
+
+RULES = ("adamw", "sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam", "lion")
+WARMUP, COOLDOWN = "5 %", "20 %"
+UNDECAYED = ("norm", "bias", "scale")
+BASELINE = "AdamW, default"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A recipe with the name it races under, and its family, the best of which goes to the finals first."""
+
+    name: str
+    family: str
+    origin: str
+    recipe: Recipe
+
+
+def grid(like: Recipe, names: Iterable[str] = RULES) -> list[Candidate]:
+    """Each rule at each of its `rates`, the middle first; steps and batch size are those of `like`.
+
+    All warm up for 5 % of the run, hold, and cool down over the last 20 %. Behind the rates come the decays
+    and penalties that people use with a rule. Errors: BadInput for an unknown rule, or one without rates.
+    """
+    ordered = {name: _outward(_rates(name)) for name in names}
+    found = []
+    for place in range(max(map(len, ordered.values()), default=0)):
+        for name, rates in ordered.items():
+            found += [_of_grid(like, name, rate) for rate in rates[place : place + 1]]
+        found += [_of_grid(like, *variant) for variant in VARIANTS.get(place, ()) if variant[0] in ordered]
+    return found
+
+
+VARIANTS: Mapping[int, Sequence[tuple[str, float, str, float]]] = {
+    1: (("adamw", 3e-3, "decay", 0.1), ("nesterov", 0.03, "l2", 5e-4), ("lion", 3e-4, "decay", 1.0)),
+    2: (("adamw", 1e-3, "decay", 0.1), ("momentum", 0.03, "l2", 5e-4), ("adam", 3e-3, "clip", 1.0)),
+}
+"""Behind the rates of the same place: rule, rate, what is added, how much of it."""
+
+
+def _of_grid(like: Recipe, name: str, rate: float, extra: str = "", amount: float = 0.0) -> Candidate:
+    numbers: dict[str, Any] = {"lr": wsd(rate, steps="100 %", warmup=WARMUP, cooldown=COOLDOWN)}
+    if extra == "decay":
+        numbers["weight_decay"] = amount
+    link = {"l2": "l2", "clip": "clip_norm"}.get(extra)
+    made = chain(*([links()[link](amount)] if link else []), rules()[name](**numbers))
+    shrinking = [number for number in ("weight_decay", "l2") if made.defaults.get(number)]
+    roles: dict[str, dict[str, Any]] = {
+        role: dict.fromkeys(shrinking, 0.0) for role in UNDECAYED if shrinking
+    }
+    title = f"{name} {rate:g}" + (f" {extra} {amount:g}" if extra else "")
+    return Candidate(title, name, "grid", replace(like, chain=made, roles=roles, guard=True))
+
+
+def _rates(name: str) -> tuple[float, ...]:
+    known = rules()
+    if name not in known:
+        raise BadInput(f"There is no rule {name!r}.{nearest(name, known)} There are: {', '.join(known)}.")
+    if not known[name].rates:
+        raise BadInput(f"The rule {name!r} does not say which learning rates are worth trying.")
+    return known[name].rates
+
+
+def _outward(rates: Sequence[float]) -> list[float]:
+    """The middle, then its neighbours, upper first, then theirs.
+
+    >>> _outward([1, 2, 3, 4, 5])
+    [3, 4, 2, 5, 1]
+    """
+    middle = len(rates) // 2
+    places = sorted(range(len(rates)), key=lambda place: (abs(place - middle), -place))
+    return [rates[place] for place in places]
+
+
+def baseline(like: Recipe) -> Candidate:
+    """AdamW as it comes: its default rate and decay, held constant. What every winner is measured against."""
+    made = replace(like, chain=chain(rules()["adamw"]()), roles={}, guard=True)
+    return Candidate(BASELINE, BASELINE, "baseline", made)
+
+
+def brought(recipes: Mapping[str, Recipe | str | os.PathLike[str]]) -> list[Candidate]:
+    """The user's recipes, or files of recipes, by name. Errors: BadInput."""
+    found = []
+    for name, given in recipes.items():
+        if not isinstance(name, str) or not name.strip() or len(name) > 80 or not name.isprintable():
+            raise BadInput(f"A recipe's name is 1 to 80 printable characters, got {name!r}.")
+        recipe = given if isinstance(given, Recipe) else Recipe.load(given)
+        if any("lr" in numbers for numbers in recipe.roles.values()):
+            raise BadInput(
+                f"The recipe {name!r} gives a role a learning rate of its own: a race cools down one rate "
+                "for all; take lr out of its roles."
+            )
+        found.append(Candidate(name, name, "given", recipe))
+    return found
+
+
+def trials(candidates: Iterable[Candidate], samples: int) -> list[Trial]:
+    """One trial for each distinct recipe, numbered in order; equal recipes share a trial under all their
+    names.
+
+    `samples`: size of the train part, from which epochs become steps.
+    """
+    found: dict[str, Trial] = {}
+    for one in candidates:
+        digest = one.recipe.hash
+        if earlier := found.get(digest):
+            found[digest] = replace(earlier, names=(*earlier.names, one.name))
+        else:
+            found[digest] = _trial(one, samples, len(found))
+    names = [name for trial in found.values() for name in trial.names]
+    for name in names:
+        if names.count(name) > 1:
+            raise BadInput(f"Two recipes are called {name!r}: give one of them another name.")
+    return list(found.values())
+
+
+def _trial(one: Candidate, samples: int, number: int) -> Trial:
+    recipe = one.recipe
+    epoch = steps_per_epoch(samples, recipe.batch_size)
+    steps = recipe.run_steps(epoch)
+    rate = recipe.chain.lr
+    shape: dict[str, Any] = {"peak": rate}
+    if isinstance(rate, Schedule):
+        shape = dict(rate.resolve(steps, epoch, recipe.batch_size).numbers)
+    while "trunk" in shape:  # a branch is judged by what it branches off
+        shape = dict(shape["trunk"].numbers)
+    trunk = constant(shape["peak"], shape.get("warmup", 0))
+    return Trial(
+        trial=number,
+        names=(one.name,),
+        rule=next(part.name for part in recipe.chain.parts if part.rule.kind == "rule"),
+        lr=float(shape["peak"]),
+        family=one.family,
+        origin=one.origin,
+        steps=steps,
+        warmup=shape.get("warmup", 0),
+        cooldown=in_steps(shape.get("cooldown", COOLDOWN), run_steps=steps),
+        end=shape.get("end", 0.0),
+        trunk=trunk.data(),
+        recipe=recipe.text(),
+        hash=recipe.hash,
+    )
