@@ -1,7 +1,25 @@
 """Training: TrainState owns everything that resumes; a run is a folder that survives kill -9 at any time."""
 
 from downslope.train.checkpoint import Damaged
+from downslope.train.history import history, losses
 from downslope.train.order import order, steps_per_epoch
+from downslope.train.proof import Proof, verify_resume
+from downslope.train.run import Run, resume, train
 from downslope.train.state import Attempt, Diverged, Evaluation, TrainState
 
-__all__ = ["Attempt", "Damaged", "Diverged", "Evaluation", "TrainState", "order", "steps_per_epoch"]
+__all__ = [
+    "Attempt",
+    "Damaged",
+    "Diverged",
+    "Evaluation",
+    "Proof",
+    "Run",
+    "TrainState",
+    "history",
+    "losses",
+    "order",
+    "resume",
+    "steps_per_epoch",
+    "train",
+    "verify_resume",
+]

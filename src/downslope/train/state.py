@@ -5,7 +5,6 @@ switches; outside it has its own again. So several trainings can take turns in o
 the others.
 """
 
-import hashlib
 import platform
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +21,7 @@ from downslope.recipe import Recipe
 from downslope.tasks import Batch, Data, Task, guest, size, take
 from downslope.train import checkpoint
 from downslope.train.checkpoint import Folder
+from downslope.train.fingerprint import digest, fingerprint
 from downslope.train.order import order, steps_per_epoch
 from downslope.train.random import Generators
 from downslope.train.surroundings import Surroundings, kept
@@ -66,7 +66,7 @@ class TrainState:
     Initial weights and the order of samples come from `seed`. `model` and `optimizer` are live;
     `optimizer.follow("lr", schedule)` makes a branch. `steps` is the length that the recipe asks for. A batch
     whose update is skipped is used up, but is no step. Raises BadInput, and UserCodeError where the task's
-    own code raises.
+    own code raises. `threads`: torch's, if not as many as the process has.
 
     >>> from downslope.tasks import task
     >>> state = TrainState(task("cancer-logistic"), seed=1)
@@ -76,7 +76,9 @@ class TrainState:
     (50, True)
     """
 
-    def __init__(self, task: Task, recipe: Recipe | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, task: Task, recipe: Recipe | None = None, seed: int = 0, threads: int | None = None
+    ) -> None:
         self.task, self.recipe, self.seed = task, recipe or task.recipe, seed
         self.samples = size(task.train)
         self.steps_per_epoch = steps_per_epoch(self.samples, self.recipe.batch_size)
@@ -84,7 +86,7 @@ class TrainState:
         self.batches = 0
         self.skips_in_a_row = 0
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
-        self._surroundings = Surroundings.seeded(seed)
+        self._surroundings = Surroundings.seeded(seed, threads)
         with self._inside():
             with guest("The model"):
                 self.model = task.model()
@@ -206,7 +208,7 @@ class TrainState:
         found = {name: str(data[name]) for name in ("step", "batches", "skips_in_a_row", "threads")}
         for name, value in data["generators"].items():
             items = value if name == "devices" else {name: value}
-            found |= {f"generator {key}": _digest(str(item).encode()) for key, item in items.items()}
+            found |= {f"generator {key}": digest(str(item).encode()) for key, item in items.items()}
         tensors = {f"model {name}": tensor for name, tensor in self._weights().items()}
         tensors |= {f"model {name}": tensor for name, tensor in self._hidden_buffers().items()}
         tensors |= {f"optimizer {name}": tensor for name, tensor in self._slots().items()}
@@ -318,13 +320,6 @@ class TrainState:
             self.optimizer.load_state_dict({**data, "state": state})
 
 
-def fingerprint(tensor: Tensor) -> str:
-    """The SHA-256 of a tensor's type, shape and bits."""
-    plain = tensor.detach().cpu().contiguous()
-    about = f"{plain.dtype} {list(plain.shape)} ".encode()
-    return _digest(about + plain.reshape(-1).view(torch.uint8).numpy().tobytes())
-
-
 @contextmanager
 def _at_rest(model: nn.Module) -> Iterator[None]:
     """Evaluation mode; afterwards every module's mode and every buffer is as it was."""
@@ -388,7 +383,3 @@ def _listed(names: tuple[str, ...]) -> str:
 def _mean(values: list[float], counts: list[int]) -> float:
     total = sum(value * count for value, count in zip(values, counts, strict=True))
     return total / sum(counts)
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

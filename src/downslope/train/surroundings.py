@@ -36,14 +36,14 @@ class Surroundings:
         )
 
     @classmethod
-    def seeded(cls, seed: int) -> "Surroundings":
-        """Fresh ones: generators from `seed`, this process's thread count, deterministic operations.
+    def seeded(cls, seed: int, threads: int | None = None) -> "Surroundings":
+        """Fresh ones: generators from `seed`, `threads` (default: the process's), deterministic operations.
 
         An operation that has no deterministic form warns, and is used. BadInput unless 0 <= seed < 2^32.
         """
         with kept():
             seed_all(seed)
-            return cls(Generators.now(), torch.get_num_threads())
+            return cls(Generators.now(), threads or torch.get_num_threads())
 
     def restore(self) -> None:
         """Make them those of the process."""

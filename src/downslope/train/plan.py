@@ -1,0 +1,166 @@
+"""What a run is, in its `run.json`: written once at the start, compared on every resume."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from downslope.errors import BadInput
+from downslope.folder import read_file
+from downslope.recipe import Recipe
+from downslope.tasks import Data, Entry, Task, reopen, size
+from downslope.train.fingerprint import fingerprint
+from downslope.train.order import steps_per_epoch
+
+SCHEMA = 1
+_LARGEST = 2**20
+_IDENTITY = ("task", "entry", "seed", "steps", "data")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Task, data, recipe, seed and length of a run, and how often it is looked at and saved.
+
+    `valid_every` and `save_every` count updates; without the latter a run is saved once a minute. `entry` is
+    None for a task that no other process can find. Of data in memory, `data` has the SHA-256.
+    """
+
+    task: str
+    entry: Mapping[str, Any] | None
+    seed: int
+    steps: int
+    recipe: str
+    data: Mapping[str, Any]
+    threads: int
+    valid_every: int
+    save_every: int | None
+    versions: Mapping[str, str]
+    schema: int = SCHEMA
+
+    @classmethod
+    def of(
+        cls,
+        task: Task,
+        recipe: Recipe,
+        seed: int,
+        valid_every: int | None = None,
+        save_every: int | None = None,
+    ) -> "Plan":
+        """The plan of a training that begins; validated 20 times on the way unless told otherwise."""
+        for name, every in (("valid_every", valid_every), ("save_every", save_every)):
+            if every is not None and (type(every) is not int or every < 1):
+                raise BadInput(f"{name} must be a whole number of updates from 1, got {every!r}.")
+        steps = recipe.run_steps(steps_per_epoch(size(task.train), recipe.batch_size))
+        return cls(
+            task=task.name or "training",
+            entry=task.entry.data() if task.entry else None,
+            seed=seed,
+            steps=steps,
+            recipe=recipe.text(),
+            data=about_data(task),
+            threads=torch.get_num_threads(),
+            valid_every=valid_every or max(steps // 20, 1),
+            save_every=save_every,
+            versions={name: version(name) for name in ("downslope", "torch", "numpy")},
+        )
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike[str]) -> "Plan":
+        """The plan of the run in a folder; BadInput if there is none."""
+        path = Path(folder, "run.json")
+        if not path.exists():
+            race = (
+                " It holds a race: start that again to go on." if Path(folder, "race.json").exists() else ""
+            )
+            raise BadInput(f"there is no run in {folder}.{race}")
+        try:
+            data = json.loads(read_file(path, _LARGEST))
+            if data.get("schema", SCHEMA) > SCHEMA:
+                raise BadInput(f"{path} was written by a newer version of downslope.")
+            if data.keys() != {item.name for item in fields(cls)}:
+                raise ValueError("its keys are not those of a run")
+            return cls(**data)
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            if isinstance(error, BadInput):
+                raise
+            raise BadInput(f"{path} is damaged: {error}.") from None
+
+    def text(self) -> bytes:
+        """The file."""
+        return json.dumps(asdict(self), indent=1, allow_nan=False).encode() + b"\n"
+
+    @property
+    def sha(self) -> str:
+        """The SHA-256 of the file, which the journal's first event has too."""
+        return hashlib.sha256(self.text()).hexdigest()
+
+    def same(self, other: "Plan", folder: object) -> None:
+        """BadInput, saying what differs, unless both are one run."""
+        told = [
+            f"{name}: {getattr(self, name)!r} → {getattr(other, name)!r}"
+            for name in _IDENTITY
+            if getattr(self, name) != getattr(other, name)
+        ][:1]
+        told += map(str, Recipe.parse(self.recipe).diff(Recipe.parse(other.recipe)))
+        if told:
+            raise BadInput(
+                f"{folder} holds another run ({'; '.join(told)}): give another folder, or go on with that "
+                f"run by `downslope resume {folder}`."
+            )
+
+    def other_versions(self) -> str:
+        """What is not installed as it was when the run began, as a sentence; empty if all is."""
+        now = {name: version(name) for name in self.versions}
+        changed = [
+            f"{name} {self.versions[name]} → {now[name]}" for name in now if now[name] != self.versions[name]
+        ]
+        return (
+            f"The run began with other versions ({', '.join(changed)}): its bits may differ."
+            if changed
+            else ""
+        )
+
+    def find_task(self, task: Task | None, allow_code_change: bool) -> Task:
+        """The task of the run, found again unless given; BadInput if its code or its data have changed."""
+        if task is None:
+            if self.entry is None:
+                raise BadInput(
+                    f"the task {self.task!r} is known to the program that made it only: give it as task=."
+                )
+            task = reopen(Entry.from_data(self.entry), allow_code_change)
+        if not allow_code_change and (now := about_data(task)) != self.data:
+            part = next(part for part in self.data if self.data[part] != now[part])
+            raise BadInput(
+                f"the {part} data of {self.task} have changed since the run began: {self.data[part]} then, "
+                f"{now[part]} now."
+            )
+        return task
+
+    def find_recipe(self, folder: str | os.PathLike[str]) -> Recipe:
+        """The recipe of the run; BadInput if its `recipe.toml` now says something else."""
+        mine, now = Recipe.parse(self.recipe, f"{folder}/run.json"), Recipe.load(Path(folder, "recipe.toml"))
+        if changes := mine.diff(now):
+            raise BadInput(
+                f"{folder}/recipe.toml has changed since the run began ({'; '.join(map(str, changes))}): "
+                "put it back, or train the new recipe into another folder."
+            )
+        return mine
+
+
+def about_data(task: Task) -> dict[str, Any]:
+    """How many samples each part has, and the SHA-256 of those in memory."""
+    parts: dict[str, Data | None] = {"train": task.train, "valid": task.valid, "test": task.test}
+    return {name: None if data is None else _about(data) for name, data in parts.items()}
+
+
+def _about(data: Data) -> dict[str, Any]:
+    about: dict[str, Any] = {"samples": size(data)}
+    if isinstance(data, tuple):
+        about["sha256"] = hashlib.sha256("".join(map(fingerprint, data)).encode()).hexdigest()
+    return about
