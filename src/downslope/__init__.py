@@ -26,6 +26,7 @@ from downslope.rules.catalogue import (
 from downslope.rules.links import clip_norm, clip_value, decay, l1, l2
 from downslope.schedule import Schedule, constant, cosine, exponential, linear, step, wsd
 from downslope.tasks import Task, accuracy, cross_entropy, squared_error, task, tasks
+from downslope.train import Diverged, Proof, Run, TrainState, losses, resume, train, verify_resume
 from downslope.version import __version__
 
 __all__ = [
@@ -35,19 +36,23 @@ __all__ = [
     "AdamW",
     "BadInput",
     "Chain",
+    "Diverged",
     "DownslopeError",
     "Lion",
     "Momentum",
     "Nesterov",
     "Optimizer",
     "Part",
+    "Proof",
     "RMSprop",
     "Recipe",
     "Rule",
+    "Run",
     "Schedule",
     "Slot",
     "Step",
     "Task",
+    "TrainState",
     "UserCodeError",
     "__version__",
     "accuracy",
@@ -70,8 +75,10 @@ __all__ = [
     "link",
     "links",
     "lion",
+    "losses",
     "momentum",
     "nesterov",
+    "resume",
     "rmsprop",
     "rmsprop_centered",
     "rule",
@@ -81,5 +88,7 @@ __all__ = [
     "step",
     "task",
     "tasks",
+    "train",
+    "verify_resume",
     "wsd",
 ]
