@@ -156,10 +156,16 @@ def train(
 
 
 @app.command()
-def resume(folder: Folder, as_json: Json = False) -> None:
+def resume(
+    folder: Folder,
+    allow_code_change: Annotated[
+        bool, typer.Option("--allow-code-change", help="Go on though the task's file is another.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Go on with a run that was stopped; it ends as if it had never been."""
     with _aside(), _stoppable(f"downslope resume {shlex.quote(str(folder))}"):
-        done = go_on(folder)
+        done = go_on(folder, allow_code_change=allow_code_change)
     _trained(done, as_json)
 
 
