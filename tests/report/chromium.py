@@ -1,12 +1,12 @@
 """A real headless Chromium, spoken to over a pipe in the DevTools protocol: no port, no other package."""
 
 import base64
+import fcntl
 import json
 import os
 import select
 import shutil
 import signal
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -44,20 +44,24 @@ class Browser:
     def __init__(self) -> None:
         assert CHROMIUM
         self._home = tempfile.mkdtemp(prefix="chromium-")
-        to_child, self._write = os.pipe()
-        self._read, from_child = os.pipe()
-        command = " ".join(
-            ["exec", "'" + CHROMIUM + "'", *FLAGS, f"'--user-data-dir={self._home}'", "about:blank"]
+        theirs, self._write = os.pipe()
+        self._read, back = os.pipe()
+        ends = [
+            fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (theirs, back)
+        ]  # out of the way of 3 and 4
+        self._process = os.posix_spawn(
+            CHROMIUM,
+            [CHROMIUM, *FLAGS, f"--user-data-dir={self._home}", "about:blank"],
+            os.environ,
+            file_actions=[
+                *((os.POSIX_SPAWN_OPEN, stream, os.devnull, os.O_RDWR, 0) for stream in (0, 1, 2)),
+                (os.POSIX_SPAWN_DUP2, ends[0], 3),
+                (os.POSIX_SPAWN_DUP2, ends[1], 4),
+            ],
+            setpgroup=0,
         )
-        self._process = subprocess.Popen(
-            ["/bin/sh", "-c", f"{command} 3<&{to_child} 4>&{from_child}"],
-            pass_fds=(to_child, from_child),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        os.close(to_child)
-        os.close(from_child)
+        for end in (theirs, back, *ends):
+            os.close(end)
         self._buffer = b""
         self._last = 0
         self._session: str | None = None
@@ -83,7 +87,14 @@ class Browser:
                 return answer["result"]
 
     def open(
-        self, path: Path, *, width: int = 1100, height: int = 900, dark: bool = False, scale: float = 1
+        self,
+        path: Path,
+        *,
+        width: int = 1100,
+        height: int = 900,
+        dark: bool = False,
+        scale: float = 1,
+        settle: bool = True,
     ) -> None:
         """Open a file as a person would, and wait until it has loaded."""
         self.complaints.clear()
@@ -95,7 +106,8 @@ class Browser:
         self.call("Page.navigate", url=path.resolve().as_uri())
         while not self._loaded:
             self._receive()
-        self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        if settle:  # two frames: what the first one laid out has been painted
+            self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def resize(self, width: int, height: int, scale: float = 1) -> None:
         """Give the window this size in CSS pixels."""
@@ -109,7 +121,13 @@ class Browser:
 
     def run(self, script: str) -> Any:
         """The value of a JavaScript expression in the page."""
-        answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        answer = self.call(
+            "Runtime.evaluate",
+            expression=script,
+            returnByValue=True,
+            awaitPromise=True,
+            allowUnsafeEvalBlockedByCSP=False,
+        )
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
@@ -138,11 +156,13 @@ class Browser:
         """End the browser and all its children, and clear up."""
         os.close(self._write)
         os.close(self._read)
-        try:
-            self._process.wait(5)
-        except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        end = time.monotonic() + 5
+        while os.waitpid(self._process, os.WNOHANG) == (0, 0):
+            if time.monotonic() > end:
+                os.killpg(self._process, signal.SIGKILL)
+                os.waitpid(self._process, 0)
+                break
+            time.sleep(0.02)
         shutil.rmtree(self._home, ignore_errors=True)
 
     def __enter__(self) -> Self:

@@ -34,7 +34,7 @@ def recipe(rule: str, lr: float, extra: str = "") -> str:
 class Race:
     """A made-up race. `text` stands in every place where a journal holds words of the user's."""
 
-    def __init__(self, folder: Path, text: str = "", *, finished: bool = True) -> None:
+    def __init__(self, folder: Path, text: str = "", *, finished: bool = True, copies: int = 1) -> None:
         self.folder, self.text, self.random = folder, text, Random(3)
         folder.mkdir(parents=True, exist_ok=True)
         self.trials = [
@@ -51,7 +51,7 @@ class Race:
                 "recipe": recipe(rule, lr, f"# {text}\n" if text.isprintable() else ""),
                 "hash": "0" * 64,
             }
-            for i, (rule, best) in enumerate(RULES.items())
+            for i, (rule, best) in enumerate([*RULES.items()] * copies)
             for j, lr in enumerate((best / 5, best, best * 5))
         ]
         self.skill = {
@@ -219,7 +219,7 @@ class Race:
         return json.dumps(data).encode()
 
 
-def training(folder: Path, text: str = "", *, finished: bool = True) -> None:
+def training(folder: Path, text: str = "", *, finished: bool = True, steps: int = STEPS) -> None:
     """A made-up training with two skipped updates."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.toml").write_text(recipe("adamw", 0.003, f"# {text}\n"), "utf-8")
@@ -230,12 +230,12 @@ def training(folder: Path, text: str = "", *, finished: bool = True) -> None:
             task="digits-cnn" + text,
             recipe="0" * 64,
             seed=0,
-            steps=STEPS,
+            steps=steps,
             metric="accuracy" + text,
             higher_is_better=True,
         )
-        for step in range(1, STEPS + 1):
-            lr = 0.003 * min(1, step / 20) * (0.5 + 0.5 * math.cos(math.pi * step / STEPS))
+        for step in range(1, steps + 1):
+            lr = 0.003 * min(1, step / 20) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
             loss = 2.3 * math.exp(-0.015 * step) + 0.02 + 0.03 * random.random()
             journal.append("step", sync=False, step=step, loss=loss, lr=lr, seconds=0.011 * step)
             if step in (60, 61):
@@ -247,4 +247,4 @@ def training(folder: Path, text: str = "", *, finished: bool = True) -> None:
                 )
         if finished:
             result = {"loss": 0.06, "metric": 0.983}
-            journal.append("end", step=STEPS, valid=result, test=result)
+            journal.append("end", step=steps, valid=result, test=result)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from downslope.report.text import number
 
+FARTHEST = 1e100  # a value beyond is as good as infinite: no axis is stretched for it
+
 
 @dataclass(frozen=True)
 class Tick:
@@ -33,12 +35,12 @@ class Axis:
     percent: bool = False
 
     def place(self, value: float) -> float:
-        """Where the value lies: 0 at `low`, 1 at `high`; outside the interval it lies outside 0 … 1."""
+        """Where the value lies: 0 at `low`, 1 at `high`; what lies outside stays outside, never beyond ±9."""
         if self.log:
-            if value <= 0:
-                return -1.0
-            return math.log(value / self.low) / math.log(self.high / self.low)
-        return (value - self.low) / (self.high - self.low)
+            place = math.log(value / self.low) / math.log(self.high / self.low) if value > 0 else -1.0
+        else:
+            place = (value - self.low) / (self.high - self.low)
+        return max(-9.0, min(9.0, place))
 
     def ticks(self, count: int = 6) -> list[Tick]:
         """About `count` round values inside the interval."""
@@ -83,7 +85,7 @@ def spanning(
 
     A logarithmic axis looks at positive values only. With nothing to show it is 0 … 1 (log: 0.1 … 1).
     """
-    known = [float(v) for v in values if math.isfinite(v) and (v > 0 or not log)]
+    known = [float(v) for v in values if abs(v) < FARTHEST and (v > 1 / FARTHEST or not log)]
     if not known:
         return Axis(0.1 if log else 0.0, 1.0, log, percent)
     low, high = min(known), max(known)
@@ -91,7 +93,7 @@ def spanning(
         air = max((high / low) ** margin, 1.02)
         return Axis(low / air, high * air, True, percent)
     if zero:
-        return Axis(0.0, high if high > 0 else 1.0, False, percent)
+        return Axis(0.0, high * (1 + margin / 4) if high > 0 else 1.0, False, percent)
     air = (high - low) * margin or abs(high) * margin or 1.0
     return Axis(low - air, high + air, False, percent)
 

@@ -10,14 +10,18 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from downslope.errors import BadInput
+from downslope.report.text import clip
 
 LARGEST_JSON = 64 * 2**20  # bytes; standings of thousands of candidates are far smaller
 
 Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 """A measured value; null and NaN both say that there is none."""
+
+Words = Annotated[str, AfterValidator(clip)]
+"""A name or a sentence; a page has no room for more than the beginning of a long one."""
 
 
 class Record(BaseModel):
@@ -33,8 +37,8 @@ class Candidate(Record):
     """One distinct recipe of a race; `names` has several entries where two names had one recipe."""
 
     trial: int
-    names: tuple[str, ...] = Field(min_length=1)
-    rule: str
+    names: tuple[Words, ...] = Field(min_length=1)
+    rule: Words
     lr: float | None = None
     origin: str = "grid"
     steps: int = Field(gt=0)
@@ -54,22 +58,22 @@ class Sizes(Record):
 
     train: int
     valid: int
-    test: int
+    test: int | None = None
 
 
 class Plan(Record):
     """The event `race`: everything that was decided before the start."""
 
-    task: str
-    task_name: str
-    metric: str
+    task: Words
+    task_name: Words
+    metric: Words
     higher_is_better: bool
     target: float | None = None
     sizes: Sizes | None = None
     seed: int = 0
     seeds: int = 1
-    budget: str = ""
-    versions: dict[str, str] = Field(default_factory=dict)
+    budget: Words = ""
+    versions: dict[Words, Words] = Field(default_factory=dict)
     baseline: int | None = None
     rungs: tuple[Rung, ...] = ()
     trials: tuple[Candidate, ...] = ()
@@ -108,7 +112,7 @@ class Judged(Measured):
 
     trial: int
     rung: int
-    outcome: str = "ok"
+    outcome: Words = "ok"
 
 
 class Cut(Record):
@@ -130,14 +134,14 @@ class Final(Measured):
     trial: int
     repeat: int
     test_metric: Number = math.nan
-    outcome: str = "ok"
+    outcome: Words = "ok"
 
 
 class Failed(Record):
     """The trial is out."""
 
     trial: int
-    reason: str = ""
+    reason: Words = ""
 
 
 class End(Record):
@@ -150,10 +154,10 @@ class StandingsRow(Record):
     """One line of standings.json."""
 
     rank: int
-    name: str
+    name: Words
     trial: int
     stage: str = ""
-    status: str = "ok"
+    status: Words = "ok"
     metric: float | None = None
     metrics: tuple[float | None, ...] = ()
     test_metric: float | None = None
@@ -166,7 +170,7 @@ class StandingsRow(Record):
 class Winner(Record):
     """The best recipe."""
 
-    name: str
+    name: Words
     trial: int
     recipe: str
 
@@ -194,11 +198,11 @@ RACE: dict[str, type[Record]] = {
 class Start(Record):
     """A training began."""
 
-    task: str = ""
-    recipe: str = ""  # its hash
+    task: Words = ""
+    recipe: Words = ""  # its hash
     seed: int = 0
     steps: int = 0
-    metric: str = "metric"
+    metric: Words = "metric"
     higher_is_better: bool = True
 
 
@@ -215,7 +219,7 @@ class Skip(Record):
     """An update that was not applied, because these gradients were not finite."""
 
     step: int
-    names: tuple[str, ...] = ()
+    names: tuple[Words, ...] = ()
 
 
 class Evaluation(Record):

@@ -146,7 +146,7 @@ def panel(
         x=x,
         y=y,
         paths=[_drawn(i, xs, values, x, y) for i, xs, values in drawn],
-        marks=[x.place(v) for track in marks for v in getattr(track, against)],
+        marks=[x.place(v) for track in marks for v in getattr(track, against) if math.isfinite(v)],
     )
 
 
@@ -166,8 +166,7 @@ def _strokes(xs: Sequence[float], ys: Sequence[float], x: Axis, y: Axis) -> list
     strokes: list[list[str]] = [[]]
     for at, value in zip(xs, ys, strict=True):
         if math.isfinite(at) and math.isfinite(value) and (value > 0 or not y.log):
-            down = round(BOX * (1 - y.place(value)))
-            strokes[-1].append(f"{round(BOX * x.place(at))} {max(-9 * BOX, min(down, 9 * BOX))}")
+            strokes[-1].append(f"{round(BOX * x.place(at))} {round(BOX * (1 - y.place(value)))}")
         elif strokes[-1]:
             strokes.append([])
     return [stroke for stroke in strokes if stroke]

@@ -26,6 +26,9 @@ from downslope.report.view import (
     Trial,
 )
 
+MOST_LINES = 240  # beyond, nobody could tell them apart, and the page grows too large
+MOST_LANES = 300
+
 
 def race_page(log: Log, command: str) -> Page:
     """Everything a race's page says."""
@@ -96,13 +99,14 @@ def _standings(log: Log) -> Standings | None:
 
 
 def _series(log: Log) -> list[Series]:
-    """Background lines first: strong lines are drawn over them."""
+    """Background lines first: strong lines are drawn over them. In a large race the worst stay out."""
     seen: set[str] = set()
-    series = []
+    series: list[Series] = []
     for trial in log.order:
-        first = log.candidates[trial].rule not in seen
+        strong = log.candidates[trial].rule not in seen
         seen.add(log.candidates[trial].rule)
-        series += _of_trial(log, trial, strong=first)
+        if strong or len(series) < MOST_LINES:
+            series += _of_trial(log, trial, strong=strong)
     return sorted(series, key=lambda s: not s.faint)
 
 
@@ -224,7 +228,9 @@ def _lanes(log: Log) -> Lanes | None:
         "At every gate a short cooldown is branched off and judged; the better part goes on from where "
         "it stood, the rest stops. Gates are parts of a full training, with how many ran up to there."
     )
-    return Lanes(lead, gates, [_lane(log, trial) for trial in log.order])
+    if len(log.order) > MOST_LANES:
+        lead += f" The best {MOST_LANES} of {len(log.order)} are drawn."
+    return Lanes(lead, gates, [_lane(log, trial) for trial in log.order[:MOST_LANES]])
 
 
 def _arrived(log: Log, rung: int) -> int:
@@ -277,9 +283,5 @@ def _recipe(log: Log) -> Recipe | None:
     if winner is None:
         return None
     candidate = log.candidates.get(winner.trial)
-    return Recipe(
-        title="The winning recipe",
-        file="winner.toml",
-        text=winner.recipe,
-        python=words.USE.format(steps=candidate.steps if candidate else 1000),
-    )
+    steps = candidate.steps if candidate else 1000
+    return Recipe("The winning recipe", "winner.toml", winner.recipe, steps)

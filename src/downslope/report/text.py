@@ -28,6 +28,15 @@ _SECRETS = (
 )
 
 
+def clip(text: str, length: int = 300) -> str:
+    """The text, or its beginning if it is longer than `length` characters.
+
+    >>> clip("momentum", 5)
+    'mome…'
+    """
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
 def visible(text: str) -> str:
     """Show characters that cannot be seen, or that reorder their neighbours, as their codes.
 

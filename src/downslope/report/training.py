@@ -17,18 +17,6 @@ from downslope.report.view import Curves, Fact, Legend, Metric, Page, Recipe, Sc
 POINTS = 600  # a training has the page to itself
 LARGEST_RECIPE = 2**20  # bytes; the same limit as for reading a recipe
 
-USE = """\
-import downslope as ds
-
-recipe = ds.Recipe.load("recipe.toml")
-optimizer = recipe.build(model, steps={steps})  # your model, and how long you train
-
-for x, y in batches:
-    optimizer.zero_grad()
-    loss_function(model(x), y).backward()
-    optimizer.step()  # schedule, clipping and decay are inside
-"""
-
 
 class Log:
     """A training's events by kind; a step that was repeated after a crash counts once."""
@@ -130,7 +118,8 @@ def _series(log: Log) -> list[Series]:
 def _skips(log: Log) -> list[Track]:
     clock = {s.step: s.seconds for s in log.steps}
     at = tuple(float(s.step) for s in log.skips)
-    return [Track(at, tuple(clock.get(s.step, math.nan) for s in log.skips), at)] if at else []
+    seconds = tuple(clock.get(s.step, math.nan) for s in log.skips)
+    return [Track(at, seconds, at).thinned(POINTS)] if at else []
 
 
 def _headline(log: Log, folder: Path) -> str:
@@ -194,4 +183,4 @@ def _recipe(log: Log, path: Path) -> Recipe | None:
     if not path.is_file():
         return None
     text = read_file(path, LARGEST_RECIPE).decode("utf-8", "replace")
-    return Recipe("The recipe", "recipe.toml", text, USE.format(steps=log.start.steps or log.last_step))
+    return Recipe("The recipe", "recipe.toml", text, steps=log.start.steps or log.last_step)

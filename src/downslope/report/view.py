@@ -8,6 +8,18 @@ from downslope.report.axis import Axis
 from downslope.report.plot import Panel, Series
 from downslope.report.text import number
 
+USE = """\
+import downslope as ds
+
+recipe = ds.Recipe.load("{file}")
+optimizer = recipe.build(model, steps={steps})  # your model, and for how many steps you train it
+
+for x, y in batches:
+    optimizer.zero_grad()
+    loss_function(model(x), y).backward()
+    optimizer.step()  # schedule, clipping and decay are inside
+"""
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -175,7 +187,17 @@ class Recipe:
     title: str
     file: str
     text: str
-    python: str
+    steps: int
+
+    @property
+    def shown(self) -> str:
+        """The text, if a person could read it."""
+        return self.text if len(self.text) <= 20_000 else f"# Too long for a page: read {self.file}."
+
+    @property
+    def python(self) -> str:
+        """The lines that use it in a loop of one's own."""
+        return USE.format(file=self.file, steps=self.steps)
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,6 @@ from downslope.report.log import Log
 from downslope.report.text import duration, listing, number, plural, redact
 from downslope.report.view import Fact
 
-USE = """\
-import downslope as ds
-
-recipe = ds.Recipe.load("winner.toml")
-optimizer = recipe.build(model, steps={steps})  # your model, and how long you train
-
-for x, y in batches:
-    optimizer.zero_grad()
-    loss_function(model(x), y).backward()
-    optimizer.step()  # schedule, clipping and decay are inside
-"""
-
 
 def headline(log: Log) -> str:
     """Who won, in one sentence; a tie is called a tie."""
@@ -77,7 +65,8 @@ def _unfinished(log: Log) -> list[str]:
     if log.order and log.judged.get(log.order[0]):
         best = log.order[0]
         last = log.judged[best][-1]
-        text += f" {log.name(best)} is ahead with a validation {log.plan.metric} of {log.metric.write(last.metric)}."
+        text += f" {log.name(best)} is ahead with a validation "
+        text += f"{log.plan.metric} of {log.metric.write(last.metric)}."
     return [text + " The same command goes on where the race stopped."]
 
 
@@ -88,7 +77,8 @@ def highlights(log: Log) -> list[Fact]:
     first = next((row for row in log.rows if verdict(log, row) == "winner"), None)
     if winner and first:
         facts.append(Fact(f"Validation {log.plan.metric}", log.metric.write(first.metric)))
-        facts.append(Fact(f"Test {log.plan.metric}", log.metric.write(first.test_metric)))
+        if first.test_metric is not None:
+            facts.append(Fact(f"Test {log.plan.metric}", log.metric.write(first.test_metric)))
         finals = [f.seconds for f in log.finals.get(winner.trial, []) if math.isfinite(f.seconds)]
         if finals:
             facts.append(Fact("One training", duration(sum(finals) / len(finals))))
@@ -104,13 +94,10 @@ def facts(log: Log) -> list[Fact]:
     found = [Fact("Task", plan.task)]
     if plan.sizes:
         s = plan.sizes
-        found.append(
-            Fact(
-                "Data",
-                f"{s.train} items to train on, {s.valid} to choose by, {s.test} to test",
-            )
-        )
-    found.append(Fact("Test part", "Split off once, by seed; reported, never used to choose"))
+        test = f", {s.test} to test" if s.test else ""
+        found.append(Fact("Data", f"{s.train} items to train on, {s.valid} to choose by{test}"))
+        if s.test:
+            found.append(Fact("Test part", "Split off once, by seed; reported, never used to choose"))
     found.append(Fact("Choosing", _choosing(log)))
     found.append(
         Fact(

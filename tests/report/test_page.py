@@ -1,0 +1,356 @@
+"""The page as a file: whole, self-contained, and deaf to whatever a journal would like it to do."""
+
+import base64
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from report.made_up import Race, training
+
+from downslope.errors import BadInput
+from downslope.journal import Journal
+from downslope.report import report
+from downslope.report.text import visible
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "</script><script>alert(1)</script>",
+    "</style><script>alert(1)</script>",
+    "</title><img src=x onerror=alert(1)>",
+    '"><svg onload=alert(1)>',
+    "' onmouseover='alert(1)",
+    '" autofocus onfocus="alert(1)',
+    "<a href=javascript:alert(1)>x</a>",
+    "<iframe src=//evil.example></iframe>",
+    "<link rel=stylesheet href=https://evil.example/x.css>",
+    "<style>@import 'https://evil.example'</style>",
+    "<meta http-equiv=refresh content='0;url=//evil.example'>",
+    "<base href=//evil.example/>",
+    "<!-- --><script>alert(1)</script>",
+    "--><script>alert(1)</script>",
+    "]]><script>alert(1)</script>",
+    "<![CDATA[<script>alert(1)</script>",
+    "{{ 7 * 7 }}{% for x in ().__class__.__base__.__subclasses__() %}x{% endfor %}",
+    "${7*7}#{7*7}<%= 7*7 %>",
+    "&lt;script&gt;alert(1)&lt;/script&gt;",
+    "&#60;script&#62;",
+    "\\u003cscript\\u003e",
+    "`${alert(1)}`",
+    "\u2028alert(1)\u2029",
+    "\u202egnp.exe",
+    "\u2066hidden\u2069",
+    "a\x00b\x1b[31mc\x7f",
+    "\ufeff\u200b\u00ad",
+    "__proto__",
+    "constructor",
+    "\U0001f600 学習率 e\u0301",
+    "%3Cscript%3E",
+    "javascript:alert(1)",
+    "url(https://evil.example)",
+    "; style-src 'unsafe-inline'",
+    "'unsafe-eval' *",
+    "/*</script>*/",
+    "<plaintext>",
+    "<textarea><noscript><template>",
+    "x" * 280,
+]
+
+
+class Seen(HTMLParser):
+    """What a browser would find in a page: elements, addresses, handlers, and the text that people see."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.blocks: dict[str, list[str]] = {"script": [], "style": []}
+        self.shown: list[str] = []
+        self.comments: list[str] = []
+        self._inside: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attributes]
+        self._inside = [tag]
+
+    def handle_data(self, data: str) -> None:
+        if self._inside and self._inside[0] in self.blocks:
+            self.blocks[self._inside[0]].append(data)
+            self._inside = []
+        else:
+            self.shown.append(data)
+
+    def handle_comment(self, data: str) -> None:
+        self.comments.append(data)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.shown)
+
+
+def check(html: str) -> Seen:
+    """The laws of every page."""
+    seen = Seen(html)
+    assert len(html.encode()) <= 5_000_000
+    assert seen.tags.count("script") == len(seen.blocks["script"]) == 2
+    assert seen.tags.count("style") == len(seen.blocks["style"]) == 1
+    assert not seen.comments
+    assert not {"a", "img", "iframe", "link", "base", "object", "embed", "form", "template", "use"} & set(
+        seen.tags
+    )
+    assert [tag for tag in seen.tags if tag == "meta"] == ["meta"] * 5
+    for tag, name, value in seen.attributes:
+        assert not name.startswith("on"), (tag, name)
+        assert name not in {
+            "href",
+            "src",
+            "srcset",
+            "action",
+            "formaction",
+            "style",
+            "background",
+            "xlink:href",
+        }
+        assert not re.match(r"\s*(javascript|data|https?):", value) or name.startswith(("data-", "aria-")), (
+            value
+        )
+    policy = next(v for t, n, v in seen.attributes if n == "content" and v.startswith("default-src"))
+    data, script = seen.blocks["script"]
+    for directive, code in (("script-src", script), ("style-src", seen.blocks["style"][0])):
+        digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+        assert f"{directive} 'sha256-{digest}';" in policy
+    assert policy.startswith("default-src 'none';")
+    assert "unsafe" not in policy
+    assert policy.count(";") == 6
+    assert not set("<>&\u2028\u2029") & set(data)
+    json.loads(data)
+    return seen
+
+
+def page(folder: Path) -> str:
+    return report(folder).read_text("utf-8")
+
+
+def test_a_race_tells_who_won_by_how_much_and_how_surely(tmp_path: Path) -> None:
+    Race(tmp_path)
+    seen = check(page(tmp_path))
+    assert "adamw-0.003 leads on digits-cnn, tied with 2 others" in seen.text
+    assert re.search(
+        r"It beats adamw-0\.0006 by \d\.\d\d points \(95 % interval: \d\.\d\d to \d\.\d\d\)", seen.text
+    )
+    for section in ("standings", "curves", "rates", "race", "recipe", "method"):
+        assert ("section", "id", section) in seen.attributes
+    assert "downslope race digits-cnn --budget 20x --seeds 5" in seen.text
+    assert 'ds.Recipe.load("winner.toml")' in seen.text
+    assert 'peak = 0.003, steps = "100 %"' in seen.text
+
+
+def test_a_clear_winner_is_not_called_a_tie(tmp_path: Path) -> None:
+    race = Race(tmp_path)
+    sealed = json.loads((tmp_path / "standings.json").read_text())
+    for row in sealed["rows"]:
+        row["tied"] = False
+    data = json.dumps(sealed).encode()
+    (tmp_path / "standings.json").write_bytes(data)
+    with Journal.open(race.folder / "journal.jsonl") as journal:
+        journal.append("end", standings=hashlib.sha256(data).hexdigest())
+    text = check(page(tmp_path)).text
+    assert "adamw-0.003 trains digits-cnn best" in text
+    assert "tied" not in text
+
+
+def test_numbers_of_the_standings_are_those_of_the_file(tmp_path: Path) -> None:
+    Race(tmp_path)
+    text = check(page(tmp_path)).text
+    for row in json.loads((tmp_path / "standings.json").read_text())["rows"]:
+        assert f"{100 * row['metric']:.2f} %" in text
+        assert f"{100 * row['test_metric']:.2f} %" in text
+
+
+def test_every_beginning_of_a_race_is_a_page(tmp_path: Path) -> None:
+    Race(tmp_path)
+    path = tmp_path / "journal.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    for n in [*range(1, len(lines), 7), len(lines) - 1]:
+        path.write_bytes(b"".join(lines[:n]))
+        text = check(page(tmp_path)).text
+        assert "The race on digits-cnn is not finished" in text
+        assert "goes on where" in text
+
+
+def test_every_beginning_of_a_training_is_a_page(tmp_path: Path) -> None:
+    training(tmp_path)
+    path = tmp_path / "journal.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    for n in [1, 2, 3, 50, len(lines) - 1]:
+        path.write_bytes(b"".join(lines[:n]))
+        assert "The training of digits-cnn is at step" in check(page(tmp_path)).text
+
+
+def test_a_training_tells_what_it_reached_and_what_it_skipped(tmp_path: Path) -> None:
+    training(tmp_path)
+    seen = check(page(tmp_path))
+    assert "digits-cnn reached a validation accuracy of 98.47 %" in seen.text
+    assert "2 updates were skipped" in seen.text
+    assert "conv.weight" in seen.text
+    assert seen.tags.count("pre") == 3
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("kind", ["race", "training", "unfinished"])
+def test_what_a_journal_says_is_text_and_nothing_else(tmp_path: Path, text: str, kind: str) -> None:
+    if kind == "training":
+        training(tmp_path, text)
+    else:
+        Race(tmp_path, text, finished=kind == "race")
+    seen = check(page(tmp_path))
+    assert visible("digits-cnn" + text) in seen.text
+    if kind == "race":
+        for told in ("adamw-0.003", "sgd lost its way", "20x", "python 3.11.7"):
+            assert visible(told + text)[:299] in seen.text.replace("…", ""), told
+        names = [series["name"] for series in json.loads(seen.blocks["script"][0])["series"]]
+        assert visible(f"lion-0.002{text}") in names
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
+def test_any_text_is_harmless(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    check_anywhere(tmp_path_factory.mktemp("race"), text)
+
+
+@pytest.mark.faults
+@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.lists(st.sampled_from([*HOSTILE[:-1], *"<>&\"'`=/ \n\t\r"]) | st.text(max_size=3), max_size=5).map(
+        "".join
+    )
+)
+def test_any_mixture_of_hostile_texts_is_harmless(
+    tmp_path_factory: pytest.TempPathFactory, text: str
+) -> None:
+    check_anywhere(tmp_path_factory.mktemp("race"), text.encode("utf-8", "ignore").decode())
+
+
+def check_anywhere(folder: Path, text: str) -> None:
+    Race(folder / "race", text)
+    training(folder / "training", text)
+    for kind in ("race", "training"):
+        assert visible("digits-cnn" + text)[:280] in check(page(folder / kind)).text
+
+
+def test_no_secret_that_an_error_text_held_is_on_the_page(tmp_path: Path) -> None:
+    Race(tmp_path, " API_TOKEN=HUNTER2 https://ann:HUNTER2@host")
+    html = page(tmp_path)
+    told = html[html.index("sgd lost its way") :][:200]
+    assert "HUNTER2" not in told
+
+
+def test_a_large_race_stays_below_the_limit(tmp_path: Path) -> None:
+    Race(tmp_path, copies=60)
+    seen = check(page(tmp_path))
+    assert "are drawn" in seen.text
+
+
+def test_a_long_training_stays_below_the_limit(tmp_path: Path) -> None:
+    training(tmp_path, steps=30_000)
+    assert len(page(tmp_path)) < 1_000_000
+
+
+def test_a_recipe_too_long_to_read_is_named_instead(tmp_path: Path) -> None:
+    training(tmp_path)
+    (tmp_path / "recipe.toml").write_text("# x\n" * 100_000)
+    seen = check(page(tmp_path))
+    assert "Too long for a page: read recipe.toml." in seen.text
+
+
+def test_standings_that_were_changed_are_refused(tmp_path: Path) -> None:
+    Race(tmp_path)
+    path = tmp_path / "standings.json"
+    path.write_bytes(path.read_bytes().replace(b"0.9", b"1.9", 1))
+    with pytest.raises(BadInput, match="is not what the journal sealed"):
+        report(tmp_path)
+
+
+def test_standings_that_are_gone_are_missed(tmp_path: Path) -> None:
+    Race(tmp_path)
+    (tmp_path / "standings.json").unlink()
+    with pytest.raises(BadInput, match="standings.json"):
+        report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "standings", [b"", b"[]", b"{", b"[" * 100_000, b'{"rows": [{"rank": 1}]}', b'{"level": "x"}']
+)
+def test_standings_of_another_form_are_refused_by_name(tmp_path: Path, standings: bytes) -> None:
+    Race(tmp_path)
+    (tmp_path / "standings.json").write_bytes(standings)
+    with Journal.open(tmp_path / "journal.jsonl") as journal:
+        journal.append("end", standings=hashlib.sha256(standings).hexdigest())
+    if standings == b"":
+        with pytest.raises(BadInput, match="is not JSON"):
+            report(tmp_path)
+    else:
+        with pytest.raises(BadInput, match=r"standings\.json: "):
+            report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        ("segment", {"trial": "<b>"}, "event 1 .segment.: trial"),
+        ("segment", {"trial": 0, "run": "other", "end": 1}, "event 1 .segment.: run"),
+        ("judged", {"trial": 0}, "event 1 .judged.: step"),
+        ("judged", {"trial": 99, "rung": 0, "step": 1, "loss": 0.1, "metric": 0.1}, "trial 99, which is not"),
+        ("finalists", {"trials": [0, 77]}, "trial 77, which is not"),
+    ],
+)
+def test_an_event_of_another_form_is_refused_by_its_number(
+    tmp_path: Path, kind: str, fields: dict[str, object], message: str
+) -> None:
+    Race(tmp_path)
+    first = (tmp_path / "journal.jsonl").read_bytes().splitlines(keepends=True)[0]
+    (tmp_path / "journal.jsonl").write_bytes(first)
+    with Journal.open(tmp_path / "journal.jsonl") as journal:
+        journal.append(kind, **fields)
+    with pytest.raises(BadInput, match=message):
+        report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_unknown_events_and_fields_are_passed_over(tmp_path: Path) -> None:
+    Race(tmp_path)
+    before = page(tmp_path)
+    with Journal.open(tmp_path / "journal.jsonl") as journal:
+        journal.append("of-the-future", trial="<b>", rows=[1, 2])
+    assert re.sub(r"The whole race.*?</div>", "", page(tmp_path)) == re.sub(
+        r"The whole race.*?</div>", "", before
+    )
+
+
+def test_a_folder_without_a_journal_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="no race or training was run there"):
+        report(tmp_path)
+    (tmp_path / "journal.jsonl").touch()
+    with pytest.raises(BadInput, match="has not begun"):
+        report(tmp_path)
+
+
+def test_a_page_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
+    Race(tmp_path)
+    (tmp_path / "report.html").mkdir()
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(BadInput, match="cannot write"):
+        report(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_the_same_journal_gives_the_same_bytes(tmp_path: Path) -> None:
+    Race(tmp_path)
+    assert page(tmp_path) == page(tmp_path)

@@ -1,0 +1,65 @@
+"""Lines: what is drawn is what was measured."""
+
+import math
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from downslope.report.axis import Axis
+from downslope.report.plot import Quantity, Series, Track, panels, path
+
+LOSS = Quantity("train", "Training loss", "Training loss", "Training loss")
+UNIT = Axis(0, 1)
+
+
+def track(values: list[float]) -> Track:
+    steps = tuple(float(i) for i in range(len(values)))
+    return Track(steps, steps, tuple(values))
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=2000), st.integers(8, 200))
+def test_thinning_keeps_ends_and_extremes(values: list[float], points: int) -> None:
+    thin = track(values).thinned(points)
+    assert len(thin.values) <= points + 2
+    assert (thin.values[0], thin.values[-1]) == (values[0], values[-1])
+    assert (min(thin.values), max(thin.values)) == (min(values), max(values))
+    assert list(thin.steps) == sorted(set(thin.steps))
+    assert all(values[int(step)] == value for step, value in zip(thin.steps, thin.values, strict=True))
+
+
+def test_thinning_keeps_where_a_loss_stopped_being_a_number() -> None:
+    thin = track([1.0] * 500 + [math.nan] + [1.0] * 500).thinned(50)
+    assert any(math.isnan(value) for value in thin.values)
+
+
+def test_what_is_no_number_breaks_the_line() -> None:
+    assert path([0, 0.5, 0.75, 1], [0.0, math.nan, 0.5, math.inf], UNIT, UNIT) == "M0 1000h0M750 500h0"
+
+
+def test_a_logarithm_leaves_out_what_has_none() -> None:
+    assert path([0, 0.5, 1], [0.1, 0.0, -1.0], UNIT, Axis(0.1, 1, log=True)) == "M0 1000h0"
+
+
+@given(st.lists(st.floats(), min_size=1, max_size=50))
+def test_a_path_is_made_of_whole_numbers_only(values: list[float]) -> None:
+    for drawn in panels([Series("a", 0, {"train": track(values)})], [LOSS]):
+        assert set(drawn.paths[0].d) <= set("MLh -0123456789")
+
+
+def test_a_bad_trial_does_not_flatten_the_others() -> None:
+    good = Series("good", 0, {"train": track([1.0, 0.5])})
+    bad = Series("bad", 1, {"train": track([1.0, 1e30])}, faint=True)
+    linear = next(p for p in panels([bad, good], [LOSS]) if p.key == "train-steps-linear")
+    assert linear.y.high < 2
+
+
+def test_a_quantity_that_nobody_measured_has_no_panel() -> None:
+    assert panels([Series("a", 0, {"train": track([1.0])})], [Quantity("metric", "", "", "")]) == []
+
+
+def test_the_logarithm_of_an_accuracy_is_its_error() -> None:
+    accuracy = Quantity("metric", "Accuracy", "Accuracy", "Error", percent=True, flip=True)
+    drawn = panels([Series("a", 0, {"metric": track([0.9, 0.99])})], [accuracy])
+    log = next(p for p in drawn if p.key == "metric-steps-log")
+    assert log.title == "Error"
+    assert log.y.low < 0.01 < 0.1 < log.y.high
