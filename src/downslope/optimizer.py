@@ -125,7 +125,7 @@ class Optimizer(torch.optim.Optimizer):
             return loss
         culprits = update.run(self._numbers(), self._counts + 1, self.steps + 1, active)
         if culprits is not None:
-            self.skipped = Skipped(tuple(self._name(self._members[i]) for i in culprits))
+            self.skipped = Skipped(tuple(update.names[i] for i in culprits))
             return loss
         self._counts += active
         self._advance()
@@ -224,7 +224,9 @@ class Optimizer(torch.optim.Optimizer):
         self._member_groups = np.array([g for g, _ in members], dtype=np.int64)
         self._held = [self.state[p][name] for p in self._members for name in self._program.slots]
         slots = [{name: self.state[p][name] for name in self._program.slots} for p in self._members]
-        self._update = Update(self._program, self._members, slots, [g for g, _ in members])
+        known = self._names()
+        names = [known[parameter] for parameter in self._members]
+        self._update = Update(self._program, self._members, slots, [g for g, _ in members], names=names)
         self._counts: NDArray[np.int64] = np.array(
             [int(self.state[p]["t"]) for p in self._members], dtype=np.int64
         )
@@ -272,14 +274,14 @@ class Optimizer(torch.optim.Optimizer):
             for (key, index), schedule in following.items():
                 _write(group, key, index, schedule(group["step"]))
 
-    def _name(self, parameter: Tensor) -> str:
-        place = 0
+    def _names(self) -> dict[Tensor, str]:
+        found: dict[Tensor, str] = {}
         for group in self.param_groups:
-            for i, member in enumerate(group["params"]):
-                if member is parameter:
-                    return str(group["param_names"][i]) if "param_names" in group else f"parameter {place}"
-                place += 1
-        raise KeyError("the parameter is in no group")
+            for i, parameter in enumerate(group["params"]):
+                found[parameter] = (
+                    group["param_names"][i] if "param_names" in group else f"parameter {len(found)}"
+                )
+        return found
 
 
 def _listed(parameters: Parameters) -> list[Any]:

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from downslope.kernels.eager import refuse_sparse
 from downslope.kernels.source import FIXED, columns, runs, source
 from downslope.rules.trace import Program, Stage
 
@@ -191,7 +192,8 @@ class CpuBucket:
         active = self.everyone
         try:
             pointers = self._pointers(gradients)
-        except TypeError:  # some have none
+        except (TypeError, RuntimeError):  # some have none, or one without plain memory
+            refuse_sparse(gradients)
             active = np.array([gradient is not None for gradient in gradients])
             gradients = [p if g is None else g for p, g in zip(self.parameters, gradients, strict=True)]
             pointers = self._pointers(gradients)

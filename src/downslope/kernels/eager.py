@@ -72,6 +72,21 @@ def evaluate(nodes: Sequence[Node], known: dict[Node, Tensor]) -> None:
             known[node] = TORCH_WORDS[node.word_name](*(known[operand] for operand in node.operands))
 
 
+class SparseGradient(Exception):
+    """A gradient that is no dense tensor, and its place in the bucket."""
+
+    def __init__(self, place: int) -> None:
+        super().__init__(f"the gradient in place {place} is sparse")
+        self.place = place
+
+
+def refuse_sparse(gradients: Sequence[Tensor | None]) -> None:
+    """Raise SparseGradient for the first gradient that is not dense."""
+    for place, gradient in enumerate(gradients):
+        if gradient is not None and gradient.layout is not torch.strided:
+            raise SparseGradient(place)
+
+
 class EagerBucket:
     """Parameters stepped one by one with torch. `index` are their places among all parameters of the
     optimizer.
@@ -95,6 +110,7 @@ class EagerBucket:
     def gather(self) -> NDArray[np.bool_]:
         """Look up this step's gradients; which parameters have one."""
         self.gradients = [parameter.grad for parameter in self.parameters]
+        refuse_sparse(self.gradients)
         return np.array([gradient is not None for gradient in self.gradients])
 
     def reduce(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from downslope.errors import BadInput
 from downslope.kernels import cpu
-from downslope.kernels.eager import EagerBucket, combine
+from downslope.kernels.eager import EagerBucket, SparseGradient, combine
 from downslope.rules.trace import Node, Program, Stage, constants, fold, scalars
 
 Floats = NDArray[np.float64]
@@ -50,8 +50,10 @@ class Update:
         slots: Sequence[Mapping[str, Tensor]],
         groups: Sequence[int],
         executor: str = "auto",
+        names: Sequence[str] | None = None,
     ) -> None:
         self.program = program
+        self.names = names or [f"parameter {i}" for i in range(len(parameters))]
         self.sizes = np.array([parameter.numel() for parameter in parameters], dtype=np.float64)
         self.groups = np.array(groups, dtype=np.int64)
         unsupported = next((node for node in program.nodes if ":" in node.word_name), None)
@@ -81,10 +83,16 @@ class Update:
         return any(bucket.stale() for bucket in self.buckets)
 
     def gather(self) -> NDArray[np.bool_]:
-        """Look up the gradients of this step; which parameters have one."""
+        """Look up the gradients of this step; which parameters have one. Raises BadInput for a sparse one, by name."""
         active = np.zeros(len(self.sizes), dtype=bool)
         for bucket in self.buckets:
-            active[bucket.index] = bucket.gather()
+            try:
+                active[bucket.index] = bucket.gather()
+            except SparseGradient as found:
+                name = self.names[bucket.index[found.place]]
+                raise BadInput(
+                    f"{name} has a sparse gradient, which {self.program.name} cannot step; make it with sparse=False."
+                ) from None
         return active
 
     def run(

@@ -39,6 +39,9 @@ class Chain:
             raise BadInput("a chain has one learning rate; lr was given to more than one of its rules.")
         if any(part.rule.gradients != 1 or part.rule.every != 1 for part in self.parts):
             raise BadInput("rules that need several gradients or programs per step are not supported yet.")
+        names = [part.name for part in self.parts]
+        if most := next((name for name in names if names.count(name) > 2), None):
+            raise BadInput(f"{most} stands more than twice in the chain {self.name}.")
         self._check_order()
 
     def _check_order(self) -> None:
@@ -85,10 +88,6 @@ class Chain:
                     continue
                 key = self.renamed.get((part.name, name), name)
                 public[name] = key if key not in taken else f"{part.name}.{key}"
-                if public[name] in taken:
-                    raise BadInput(
-                        f"{part.name} stands twice in the chain {self.name}; give each of its numbers once."
-                    )
             taken.update(public.values())
             found.append({argument: _key(argument, public) for argument in part.rule.arguments})
         return tuple(found)

@@ -1,0 +1,138 @@
+"""Chains: order, names of numbers and slots, what is refused, and what a trace makes of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import downslope as ds
+from downslope.rules import LINKS, RULES, trace
+
+
+def test_numbers_are_flat_as_in_torch() -> None:
+    chained = ds.chain(ds.clip_norm(2.0), ds.adam(lr=0.1, betas=(0.8, 0.9)), ds.decay(0.3))
+    assert chained.defaults == {
+        "lr": 0.1,
+        "max_norm": 2.0,
+        "betas": (0.8, 0.9),
+        "eps": 1e-8,
+        "weight_decay": 0.3,
+    }
+
+
+def test_numbers_and_slots_of_one_name_are_told_apart() -> None:
+    chained = ds.chain(ds.adamw(weight_decay=0.1), ds.decay(0.2))
+    assert (chained.defaults["weight_decay"], chained.defaults["decay.weight_decay"]) == (0.1, 0.2)
+    assert list(ds.chain(ds.rmsprop(), ds.momentum()).slots) == ["v", "momentum.v"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: ds.chain(ds.clip_norm(1.0)),
+            r"a chain needs a rule, such as sgd\(\) or adamw\(\); only clip_norm",
+        ),
+        (lambda: ds.chain(), r"only nothing was given"),
+        (
+            lambda: ds.chain(ds.lion(), ds.l1(0.1)),
+            r"l1 cannot stand behind lion, which has no effective step",
+        ),
+        (lambda: ds.chain(ds.sgd(), ds.l1(0.1), ds.decay()), r"decay cannot stand behind l1"),
+        (lambda: ds.chain(ds.sgd(lr=0.1), ds.momentum(lr=0.1)), r"one learning rate"),
+        (lambda: ds.chain(ds.adamw(), ds.adamw(), ds.adamw()), r"adamw stands more than twice"),
+        (lambda: ds.chain("adamw"), r"made of rules and links.*'adamw' was given"),  # type: ignore[arg-type]
+        (lambda: ds.adamw(learning_rate=0.1), r"adamw has no number 'learning_rate'"),
+        (lambda: ds.sgd(lrr=0.1), r"Did you mean 'lr'\?"),
+        (lambda: ds.adamw(lr=-1.0), r"lr must be at least 0; -1 was given"),
+        (lambda: ds.adamw(lr=ds.constant(-1.0)), r"lr \(its peak\) must be at least 0"),
+        (lambda: ds.adamw(lr=float("nan")), r"lr must be at least 0; nan was given"),
+        (lambda: ds.adamw(betas=(0.9, 1.0)), r"betas must be at least 0 and below 1; 1 was given"),
+        (lambda: ds.adamw(betas=0.9), r"betas must be 2 numbers"),
+        (lambda: ds.adamw(lr="0.1"), r"lr must be a number or a schedule; '0.1' was given"),
+        (lambda: ds.adamw(lr=True), r"lr must be a number or a schedule; True was given"),
+        (lambda: ds.clip_norm(0.0), r"max_norm must be above 0; 0 was given"),
+        (lambda: ds.sgd(0.1, 0.9), r"sgd takes at most 1 numbers"),
+        (lambda: ds.momentum(0.1, lr=0.2), r"lr was given twice"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_one_sentence(make: Any, message: str) -> None:
+    with pytest.raises(ds.BadInput, match=message) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def test_the_norm_cuts_a_chain_in_two_and_costs_one_read() -> None:
+    plain, clipped = ds.chain(ds.adamw()), ds.chain(ds.clip_norm(), ds.adamw(), ds.decay(), ds.l1(0.1))
+    assert (len(trace(plain).stages), trace(plain).bytes_moved) == (1, 4 * 7)
+    assert (len(trace(clipped).stages), trace(clipped).bytes_moved) == (2, 4 * 8)
+
+
+def test_the_guard_is_free_where_the_norm_is_taken_anyway() -> None:
+    clipped = ds.chain(ds.clip_norm(), ds.adamw())
+    assert trace(clipped, guard=True).bytes_moved == trace(clipped).bytes_moved
+    plain = ds.chain(ds.adamw())
+    assert trace(plain, guard=True).bytes_moved == trace(plain).bytes_moved + 4
+    transformed = ds.chain(
+        ds.l2(0.1), ds.clip_norm(), ds.adamw()
+    )  # its norm is of g + λp: the guard reads g itself
+    assert len(trace(transformed, guard=True).stages[0].reductions) == 2
+
+
+def test_a_slot_that_does_not_exist_is_named() -> None:
+    @ds.rule("velocity")
+    def misspelt(g: Any, p: Any, s: Any) -> Any:
+        s.velocty = g
+        return g
+
+    with pytest.raises(ds.BadInput, match=r"'velocty' is not declared. Did you mean 'velocity'\?"):
+        ds.chain(misspelt)
+
+
+def test_an_argument_without_default_must_be_one_of_the_context() -> None:
+    with pytest.raises(ds.BadInput, match=r"'stp' needs a default, or is one of t, step, lr, effective"):
+
+        @ds.rule()
+        def wrong(g: Any, p: Any, s: Any, *, stp: Any) -> Any:
+            return g
+
+
+@pytest.mark.parametrize("entry", [*RULES.values(), *LINKS.values()], ids=lambda entry: entry.name)
+def test_every_entry_explains_itself(entry: ds.Rule) -> None:
+    text = entry.body.__doc__ or ""
+    assert entry.summary.endswith((".", ".)"))
+    assert "Not for:" in text
+    assert entry.source
+    assert entry.formula.splitlines()[-1].startswith(("p ←", "g ←"))
+    if entry.kind == "rule":
+        assert "lr:" in text
+        assert list(entry.rates) == sorted(entry.rates)
+
+
+def test_formulas_read_as_the_papers_print_them() -> None:
+    formula = {name: rule.formula.splitlines() for name, rule in RULES.items()}
+    assert formula["momentum"] == ["v ← μ · v + where(t > 1, 1 - τ, 1) · g", "p ← p - lr · v"]
+    assert formula["lion"] == [
+        "m ← β₂ · m + (1 - β₂) · g",
+        "p ← p - lr · (sign(β₁ · mₜ₋₁ + (1 - β₁) · g) + λ · p)",
+    ]
+    assert LINKS["l1"].formula == "p ← sign(p) · max(|p| - η · λ, 0)"
+
+
+def test_a_rule_of_the_users_own_gets_everything() -> None:
+    """Five lines; the same trace, kernels, formula and checks as ours."""
+
+    @ds.rule("m", source="ours", lr=0.5)
+    def halves(g: Any, p: Any, s: Any, *, keep: float = 0.5) -> Any:
+        """Average halves."""
+        s.m = keep * s.m + (1 - keep) * g
+        return ds.Step(s.m, metric=1.0)
+
+    import torch
+
+    weight = torch.ones(3, requires_grad=True)
+    weight.grad = torch.ones(3)
+    ds.Optimizer([weight], ds.chain(halves(keep=0.0), ds.l1(0.25))).step()
+    assert torch.equal(weight.detach(), torch.full((3,), 0.375))
+    assert halves.formula == "m ← keep · m + (1 - keep) · g\np ← p - lr · m"
