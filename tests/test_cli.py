@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from downslope.cli import run
+from downslope.race import Standings
+from downslope.recipe import Recipe
 from downslope.rules import links, rules
 from downslope.schedule import KINDS
-from downslope.tasks import tasks
+from downslope.tasks import task, tasks
 
 QUICK = """
 import torch
@@ -59,7 +61,7 @@ def one_line(text: str) -> str:
         (["train", "digits-cn"], "Did you mean 'digits-cnn'?"),
         (["train", "nowhere.py:task"], "The task file nowhere.py cannot be read: No such file or directory."),
         (["train", "digits-mlp", "--recipe", "nowhere.toml"], "nowhere.toml"),
-        (["show", "adamm"], "There is no rule, link or schedule 'adamm'. Did you mean 'adam'?"),
+        (["show", "adamm"], "There is nothing called 'adamm'. Did you mean 'adam'?"),
         (["show", "cosin"], "Did you mean 'cosine'?"),
         (["list", "task"], "There is no list 'task'. Did you mean 'tasks'?"),
         (["rase", "digits-cnn"], "rase"),
@@ -133,6 +135,61 @@ def test_show_prints_a_schedule_with_its_values(name: str, capfd: pytest.Capture
     data = json.loads(capfd.readouterr().out)
     assert data["example"]["data"]["schedule"] == name
     assert data["example"]["values"][0] == [0, 1.0]
+
+
+def test_show_says_what_was_measured_of_a_task(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["show", "digits-cnn"]) == 0
+    page = capfd.readouterr().out
+    assert "train 898, valid 449, test 450" in page
+    assert f"reference  {task('digits-cnn').reference}" in page
+    assert run(["show", "digits-cnn", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["recipe"] == task("digits-cnn").recipe.data()
+
+
+def test_race_prints_standings_page_recipe_and_lines_that_use_it(tmp_path: Path) -> None:
+    write(tmp_path, steps=40)
+    command = [
+        "race",
+        "cli_task.py:quick",
+        "--budget",
+        "4x",
+        "--seeds",
+        "2",
+        "--rule",
+        "sgd",
+        "--rule",
+        "adam",
+    ]
+    done = downslope(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "quick"
+    assert "made by the user" not in done.stdout
+    assert (folder / "report.html").exists()
+    assert done.stdout.rstrip().endswith("runs/quick/report.html")
+    recipe = Recipe.load(folder / "winner.toml")
+    assert all(f"    {line}".rstrip() in done.stdout for line in recipe.text().splitlines())
+
+    lines = [
+        line.strip()
+        for line in done.stdout.splitlines()
+        if line.strip().startswith(("import", "recipe =", "optimizer ="))
+    ]
+    own = "\n".join(
+        ["import torch", "model = torch.nn.Linear(3, 1)", *lines, "print(optimizer.param_groups[0]['lr'])"]
+    )
+    used = subprocess.run(
+        [sys.executable, "-c", own], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert float(used.stdout) > 0
+
+    before = (folder / "journal.jsonl").stat().st_mtime_ns
+    again = downslope(*command, "--json", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    answer = json.loads(again.stdout)
+    assert answer["winner"]["recipe"] == recipe.text()
+    assert answer["report"] == "runs/quick/report.html"
+    assert [row["name"] for row in answer["rows"]] == [row.name for row in Standings.load(folder).rows]
+    assert (folder / "journal.jsonl").stat().st_mtime_ns == before, "a finished race was run again"
 
 
 def test_the_users_exception_shows_their_frames_and_exits_with_1(tmp_path: Path) -> None:

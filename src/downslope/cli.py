@@ -25,8 +25,8 @@ from downslope.report import report as write_report
 from downslope.rules import Rule, links, rules
 from downslope.rules.glossary import term
 from downslope.schedule import KINDS, Schedule
-from downslope.tasks import frames, task, tasks
-from downslope.train import Run
+from downslope.tasks import Task, frames, size, task, tasks
+from downslope.train import Run, steps_per_epoch
 from downslope.train import resume as go_on
 from downslope.train import train as run_training
 
@@ -130,7 +130,7 @@ def race(
     _answer(
         as_json,
         {**standings.data(), "folder": str(folder), "report": str(page)},
-        lambda: _won(standings, folder, page),
+        lambda: _won(standings, found, folder, page),
     )
 
 
@@ -178,7 +178,7 @@ def report(folder: Folder, as_json: Json = False) -> None:
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(metavar="RULE|LINK|SCHEDULE")],
+    name: Annotated[str, typer.Argument(metavar="RULE|LINK|SCHEDULE|TASK")],
     as_json: Json = False,
 ) -> None:
     """What a rule, link or schedule is: formula, source, numbers."""
@@ -260,8 +260,9 @@ def _stoppable(again: str) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def _won(standings: Standings, folder: Path, page: Path) -> str:
+def _won(standings: Standings, found: Task, folder: Path, page: Path) -> str:
     recipe = folder / "winner.toml"
+    epoch = steps_per_epoch(size(found.train), standings.winner.batch_size)
     return f"""{standings}
 
 The winning recipe, {recipe}:
@@ -273,7 +274,7 @@ In a training loop of your own:
     import downslope as ds
 
     recipe = ds.Recipe.load({str(recipe)!r})
-    optimizer = recipe.build(model, steps=..., steps_per_epoch=...)
+    optimizer = recipe.build(model, steps_per_epoch={epoch})  # batches of {standings.winner.batch_size}
 
 The page with the curves: {page}"""
 
@@ -334,6 +335,33 @@ def _rule_page(rule: Rule) -> str:
 Source: {rule.source}
 
 {_columns(numbers)}{rates}"""
+
+
+def _task_data(found: Task) -> dict[str, Any]:
+    parts = {"train": found.train, "valid": found.valid, "test": found.test}
+    return {
+        "name": found.name,
+        "kind": "task",
+        "doc": _prose(tasks()[found.name]),
+        "metric": found.metric_name,
+        "higher_is_better": found.higher_is_better,
+        "target": found.target,
+        "reference": found.reference,
+        "samples": {part: data and size(data) for part, data in parts.items()},
+        "recipe": found.recipe.data(),
+    }
+
+
+def _task_page(found: Task) -> str:
+    data = _task_data(found)
+    better = "higher" if found.higher_is_better else "lower"
+    return f"""{found.name}: {data["doc"]}
+
+  samples    {", ".join(f"{part} {count}" for part, count in data["samples"].items())}
+  metric     {found.metric_name}, {better} is better; target {found.target}
+  reference  {found.reference}
+
+{_indented(found.recipe.text())}"""
 
 
 def _example(name: str) -> Schedule:

@@ -129,6 +129,7 @@ def digits_mlp(seed: int = 0) -> Task:
         loss=cross_entropy,
         metric=accuracy,
         target=0.975,
+        reference="downslope train digits-mlp --seed S, S = 0 to 4: mean accuracy 0.961, on test 0.963",
     )
 
 
@@ -141,6 +142,7 @@ def digits_cnn(seed: int = 0) -> Task:
         loss=cross_entropy,
         metric=accuracy,
         target=0.99,
+        reference="downslope train digits-cnn --seed S, S = 0 to 4: mean accuracy 0.982, on test 0.984",
     )
 
 
@@ -153,5 +155,6 @@ def cancer_logistic(seed: int = 0) -> Task:
         loss=cross_entropy,
         metric_name="log loss",
         target=0.07,
+        reference="downslope train cancer-logistic --seed S, S = 0 to 4: mean log loss 0.074, on test 0.104",
         recipe=plain_recipe(rate=0.03),
     )
