@@ -3,9 +3,10 @@
     python benchmarks/step.py                 # both tables, every rule, 40 repetitions
     python benchmarks/step.py --rules adamw --repetitions 60 --json
 
-Every repetition runs every contender once, in an order that rotates, so that a drifting machine drifts for all; ratios are taken
-repetition by repetition. Given are medians, and the 95 % interval of the median ratio by order statistics. A ratio
-below 1 means that downslope is faster than the best path of torch. The thread count is torch's.
+Every repetition runs every contender once, in an order that rotates, so that a drifting machine drifts for
+all; ratios are taken repetition by repetition. Given are medians, and the 95 % interval of the median ratio
+by order statistics. A ratio below 1 means that downslope is faster than the best path of torch. The thread
+count is torch's.
 """
 
 from __future__ import annotations

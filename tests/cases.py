@@ -1,6 +1,8 @@
-"""The one table: every rule and link with an independent float64 form of it. A rule without a row fails the suite.
+"""The one table: every rule and link with an independent float64 form of it. A rule without a row fails the
+suite.
 
-References are torch.optim where it has the algorithm, else NumPy written from the paper; nothing here looks at our bodies.
+References are torch.optim where it has the algorithm, else NumPy written from the paper; nothing here looks
+at our bodies.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ SHAPES = ((3, 4), (5,), (), (2, 3, 2, 2), (0,), (1, 1))
 
 
 class Judge:
-    """Steps float64 weights by an independent implementation; `metric(i)` is its first-order scale of a gradient."""
+    """Steps float64 weights by an independent implementation; `metric(i)` is its first-order scale of a
+    gradient.
+    """
 
     weights: list[np.ndarray]
 
@@ -178,7 +182,8 @@ CASES = {
 
 @dataclass(frozen=True)
 class LinkCase:
-    """A link on one side of the rule, as what it does to gradients before, or to weights after, an independent step.
+    """A link on one side of the rule, as what it does to gradients before, or to weights after, an
+    independent step.
 
     `scale(gradients, i)` is what it multiplies a small gradient by, for the proximal step.
     """
@@ -217,7 +222,9 @@ LINK_CASES = {
 def draw(
     steps: int, seed: int = 0, shapes: tuple[tuple[int, ...], ...] = SHAPES
 ) -> tuple[list[Any], list[list[Any]]]:
-    """Weights, and gradients for every step, at least 0.05 away from zero, where signs and thresholds jump."""
+    """Weights, and gradients for every step, at least 0.05 away from zero, where signs and thresholds
+    jump.
+    """
     rng = np.random.default_rng(seed)
 
     def arrays() -> list[np.ndarray]:

@@ -1,4 +1,6 @@
-"""The torch face: a real torch.optim.Optimizer, state by name, live numbers, schedules, the guard, refusals."""
+"""The torch face: a real torch.optim.Optimizer, state by name, live numbers, schedules, the guard,
+refusals.
+"""
 
 from __future__ import annotations
 
@@ -196,7 +198,7 @@ def test_a_group_added_late_stands_where_the_run_stands() -> None:
     )
 
 
-# --- state ---------------------------------------------------------------------------------------------------------------
+# --- state
 
 
 def chained() -> ds.Chain:
@@ -299,9 +301,7 @@ def test_numbers_and_schedules_of_the_checkpoint_win_and_the_difference_is_told(
     optimizer = ds.Optimizer(model, chained())
     train(model, optimizer, 3)
     other = ds.Optimizer(model, ds.chain(ds.clip_norm(9.0), ds.adamw(lr=ds.constant(0.7)), ds.l1(1e-4)))
-    with pytest.warns(
-        UserWarning, match=r"lr follows constant.*here, cosine.*max_norm 9.0 here, 1.0 in the"
-    ):
+    with pytest.warns(UserWarning, match=r"lr follows constant.*here, cosine.*max_norm 9.0 here, 1.0 in the"):
         other.load_state_dict(optimizer.state_dict())
     assert other.param_groups[0]["max_norm"] == 1.0
     train(model, other, 1)
@@ -381,7 +381,7 @@ def test_dcp_leaves_weights_counters_and_rate_as_they_were(make: Any) -> None:
     assert same(one, three)
 
 
-# --- the guard -----------------------------------------------------------------------------------------------------------
+# --- the guard
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -423,7 +423,7 @@ def test_one_nan_does_not_spread_to_other_gradients_by_clipping() -> None:
     assert torch.equal(two.detach(), -torch.ones(2))
 
 
-# --- refusals ------------------------------------------------------------------------------------------------------------
+# --- refusals
 
 
 class Wrapped(torch.Tensor):
@@ -445,7 +445,7 @@ class Wrapped(torch.Tensor):
         (lambda: [torch.eye(2).to_sparse().requires_grad_()], r"parameter 0 is sparse_coo"),
         (lambda: {nn.Parameter(torch.ones(2))}, r"given as a set"),
         (lambda: nn.Parameter(torch.ones(2)), r"one tensor was given"),
-        (lambda: [], r"given no parameters"),
+        (list, r"given no parameters"),
         (lambda: [(name, p) for p in [nn.Parameter(torch.ones(2))] for name in "ab"], r"b was given twice"),
         (
             lambda: [{"params": [nn.Parameter(torch.ones(2))], "weight_dcay": 1}],
@@ -483,7 +483,9 @@ def test_a_misspelt_keyword_names_the_right_one() -> None:
 
 
 def test_memory_that_moved_is_followed() -> None:
-    """`p.data = …` and `module.to(…)` give a parameter other memory; a stale pointer would write into freed memory."""
+    """`p.data = …` and `module.to(…)` give a parameter other memory; a stale pointer would write into freed
+    memory.
+    """
     one, two = model_of(), model_of()
     ours, theirs = ds.AdamW(one.parameters(), lr=0.1), torch.optim.AdamW(two.parameters(), lr=0.1)
     for model, optimizer in ((one, ours), (two, theirs)):
@@ -530,3 +532,15 @@ def test_counts_survive_many_parameters_of_other_age() -> None:
     ages = [int(optimizer.state[p]["t"]) for p in model.parameters()]
     assert ages == [4, 4, 4, 4, 2]
     assert np.isfinite([p.detach().numpy().sum() for p in model.parameters()]).all()
+
+
+def test_asking_for_the_state_changes_nothing() -> None:
+    """The counters handed out are copies, those kept go on counting."""
+    model = model_of()
+    optimizer = ds.Optimizer(model, chained())
+    train(model, optimizer, 2)
+    early = optimizer.state_dict()
+    train(model, optimizer, 2)
+    assert {int(slots["t"]) for slots in optimizer.state_dict()["state"].values()} == {4}
+    assert {int(slots["t"]) for slots in early["state"].values()} == {2}
+    assert [int(optimizer.state[p]["t"]) for p in model.parameters()] == [4] * 5

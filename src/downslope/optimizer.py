@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from operator import is_not, itemgetter
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -168,7 +169,17 @@ class Optimizer(torch.optim.Optimizer):
             post(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = ("_update", "_program", "_members", "_member_groups", "_held", "_counts", "_seen", "_table")
+        derived = (
+            "_update",
+            "_program",
+            "_members",
+            "_member_groups",
+            "_held",
+            "_entries",
+            "_counts",
+            "_seen",
+            "_table",
+        )
         return {key: value for key, value in self.__dict__.items() if key not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -222,7 +233,8 @@ class Optimizer(torch.optim.Optimizer):
         ]
         self._members = [p for _, p in members]
         self._member_groups = np.array([g for g, _ in members], dtype=np.int64)
-        self._held = [self.state[p][name] for p in self._members for name in self._program.slots]
+        self._entries = list(self.state.values())
+        self._held = {name: [slots[name] for slots in self._entries] for name in self._program.slots}
         slots = [{name: self.state[p][name] for name in self._program.slots} for p in self._members]
         known = self._names()
         names = [known[parameter] for parameter in self._members]
@@ -236,9 +248,12 @@ class Optimizer(torch.optim.Optimizer):
         self._seen: list[tuple[float, ...]] = []
 
     def _replaced(self) -> bool:
-        """Whether someone put another tensor into the state."""
-        now = [self.state[p][name] for p in self._members for name in self._program.slots]
-        return any(a is not b for a, b in zip(now, self._held, strict=True))
+        """Whether someone put another tensor into the state. Asked at every step, so it only compares identities."""
+        if len(self.state) != len(self._entries) or any(map(is_not, self.state.values(), self._entries)):
+            return True
+        return any(
+            any(map(is_not, map(itemgetter(name), self._entries), held)) for name, held in self._held.items()
+        )
 
     def _numbers(self) -> NDArray[np.float64]:
         """A row per number of the program, a column per parameter; built anew only when a group's numbers

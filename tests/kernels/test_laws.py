@@ -263,7 +263,9 @@ def test_a_step_between_forward_and_backward_raises() -> None:
 
 
 def test_a_forked_child_steps_alone() -> None:
-    """A DataLoader worker that steps must neither hang on threads that fork did not copy nor on a lock held elsewhere."""
+    """A DataLoader worker that steps must neither hang on threads that fork did not copy nor on a lock held
+    elsewhere.
+    """
     parameters = parameters_of([np.ones(cpu.SERIAL * 2)])
     give(parameters, [np.ones(cpu.SERIAL * 2)])
     optimizer = ds.AdamW(parameters, lr=0.1)

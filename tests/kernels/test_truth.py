@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import CASES, LINK_CASES, Case, LinkCase, draw
 
 from downslope.kernels.eager import initial
 from downslope.kernels.reference import reference_step
 from downslope.kernels.update import Update
 from downslope.rules import LINKS, RULES, Chain, chain, trace
-from cases import CASES, LINK_CASES, Case, LinkCase, draw
 
 STEPS = 20
 EXECUTORS = ("reference", "eager", "cpu")

@@ -1,4 +1,6 @@
-"""What each word does with NaN, infinities, signed zeros and ties, alike on NumPy, torch and compiled code."""
+"""What each word does with NaN, infinities, signed zeros and ties, alike on NumPy, torch and compiled
+code.
+"""
 
 from __future__ import annotations
 
@@ -148,7 +150,8 @@ def test_words_that_no_executor_has_yet_say_so() -> None:
     def whitened(g: Value, p: Value, s: Any) -> Value:
         return g.matrix("orthogonalise")
 
+    weight = torch.ones(2, 2, requires_grad=True)
+    weight.grad = torch.ones(2, 2)
+    optimizer = Optimizer([weight], whitened(lr=0.1))
     with pytest.raises(BadInput, match=r"no executor has 'matrix:orthogonalise' yet"):
-        weight = torch.ones(2, 2, requires_grad=True)
-        weight.grad = torch.ones(2, 2)
-        Optimizer([weight], whitened(lr=0.1)).step()
+        optimizer.step()

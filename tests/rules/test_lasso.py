@@ -1,4 +1,6 @@
-"""Proximal L1 behind every rule with an effective step reaches scikit-learn's lasso: its objective and its zeros."""
+"""Proximal L1 behind every rule with an effective step reaches scikit-learn's lasso: its objective and its
+zeros.
+"""
 
 from __future__ import annotations
 

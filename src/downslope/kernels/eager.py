@@ -72,7 +72,7 @@ def evaluate(nodes: Sequence[Node], known: dict[Node, Tensor]) -> None:
             known[node] = TORCH_WORDS[node.word_name](*(known[operand] for operand in node.operands))
 
 
-class SparseGradient(Exception):
+class SparseGradientError(Exception):
     """A gradient that is no dense tensor, and its place in the bucket."""
 
     def __init__(self, place: int) -> None:
@@ -81,10 +81,10 @@ class SparseGradient(Exception):
 
 
 def refuse_sparse(gradients: Sequence[Tensor | None]) -> None:
-    """Raise SparseGradient for the first gradient that is not dense."""
+    """Raise SparseGradientError for the first gradient that is not dense."""
     for place, gradient in enumerate(gradients):
         if gradient is not None and gradient.layout is not torch.strided:
-            raise SparseGradient(place)
+            raise SparseGradientError(place)
 
 
 class EagerBucket:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from downslope.errors import BadInput
 from downslope.kernels import cpu
-from downslope.kernels.eager import EagerBucket, SparseGradient, combine
+from downslope.kernels.eager import EagerBucket, SparseGradientError, combine
 from downslope.rules.trace import Node, Program, Stage, constants, fold, scalars
 
 Floats = NDArray[np.float64]
@@ -83,15 +83,15 @@ class Update:
         return any(bucket.stale() for bucket in self.buckets)
 
     def gather(self) -> NDArray[np.bool_]:
-        """Look up the gradients of this step; which parameters have one. Raises BadInput for a sparse one, by name."""
+        """Look up this step's gradients; which parameters have one. Raises BadInput for a sparse one, by name."""
         active = np.zeros(len(self.sizes), dtype=bool)
         for bucket in self.buckets:
             try:
                 active[bucket.index] = bucket.gather()
-            except SparseGradient as found:
+            except SparseGradientError as found:
                 name = self.names[bucket.index[found.place]]
                 raise BadInput(
-                    f"{name} has a sparse gradient, which {self.program.name} cannot step; make it with sparse=False."
+                    f"{name} has a sparse gradient, which {self.program.name} cannot take; use sparse=False."
                 ) from None
         return active
 

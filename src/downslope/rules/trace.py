@@ -244,7 +244,7 @@ def scalars(nodes: Iterable[Node]) -> list[Node]:
 
 
 def fold(order: Iterable[Node], known: dict[Node, Any]) -> None:
-    """Add the values of scalar nodes to `known`, which holds the leaves; float64, one entry per parameter."""
+    """Add the values of scalar nodes to `known`, which holds the leaves; in float64, one entry a parameter."""
     with np.errstate(all="ignore"):
         for node in order:
             if node not in known:
