@@ -4,7 +4,6 @@ Results go to stdout, all else to stderr. Exit codes: 0 done, 1 the user's own c
 130 stopped by Ctrl-C.
 """
 
-import inspect
 import json
 import math
 import os
@@ -17,15 +16,13 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from downslope.description import catalogue, columns, describe, indented
 from downslope.errors import BadInput, DownslopeError, UserCodeError, nearest
 from downslope.race import Standings
 from downslope.race import race as run_race
 from downslope.recipe import Recipe
 from downslope.report import report as write_report
-from downslope.rules import Rule, links, rules
-from downslope.rules.glossary import term
-from downslope.schedule import KINDS, Schedule
-from downslope.tasks import Task, frames, size, task, tasks
+from downslope.tasks import Task, frames, size, task
 from downslope.train import Run, steps_per_epoch
 from downslope.train import resume as go_on
 from downslope.train import train as run_training
@@ -71,9 +68,8 @@ def run(arguments: list[str]) -> int:
     except typer.TyperException as error:
         return _failed(error.format_message(), error.exit_code)
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # the flush at exit must not raise again
+        # The flush at exit must not raise again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
         return _failed(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 2)
@@ -181,16 +177,9 @@ def show(
     name: Annotated[str, typer.Argument(metavar="RULE|LINK|SCHEDULE|TASK")],
     as_json: Json = False,
 ) -> None:
-    """What a rule, link or schedule is: formula, source, numbers."""
-    known: dict[str, Any] = {**KINDS, **links(), **rules()}
-    if name not in known:
-        raise BadInput(
-            f"There is no rule, link or schedule {name!r}.{nearest(name, known)} See: downslope list."
-        )
-    if name in KINDS:
-        _answer(as_json, _schedule_data(name), lambda: _schedule_page(name))
-    else:
-        _answer(as_json, _rule_data(known[name]), lambda: _rule_page(known[name]))
+    """What a rule, link, schedule or built-in task is: formula, source, numbers."""
+    found = describe(name)
+    _answer(as_json, found.data, lambda: found.text.rstrip())
 
 
 @app.command("list")
@@ -199,22 +188,11 @@ def list_(
     as_json: Json = False,
 ) -> None:
     """What there is: tasks, rules, links, schedules."""
-    every: dict[str, Mapping[str, Any]] = {
-        "tasks": tasks(),
-        "rules": rules(),
-        "links": links(),
-        "schedules": KINDS,
-    }
+    every = catalogue()
     if what and what not in every:
         raise BadInput(f"There is no list {what!r}.{nearest(what, every)} There are: {', '.join(every)}.")
-    chosen = {
-        kind: {name: _summary(item) for name, item in every[kind].items()}
-        for kind in every
-        if what in ("", kind)
-    }
-    _answer(
-        as_json, chosen, lambda: "\n\n".join(f"{kind}\n{_columns(rows)}" for kind, rows in chosen.items())
-    )
+    chosen = {what: every[what]} if what else every
+    _answer(as_json, chosen, lambda: "\n\n".join(f"{kind}\n{columns(rows)}" for kind, rows in chosen.items()))
 
 
 def _failed(message: str, code: int) -> int:
@@ -223,9 +201,8 @@ def _failed(message: str, code: int) -> int:
 
 
 def _answer(as_json: bool, data: Any, text: Callable[[], str]) -> None:
-    typer.echo(
-        json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) if as_json else text()
-    )
+    as_text = text if not as_json else lambda: json.dumps(_finite(data), indent=2, ensure_ascii=False)
+    typer.echo(as_text())
 
 
 def _finite(data: Any) -> Any:
@@ -267,7 +244,7 @@ def _won(standings: Standings, found: Task, folder: Path, page: Path) -> str:
 
 The winning recipe, {recipe}:
 
-{_indented(standings.winner.text())}
+{indented(standings.winner.text())}
 
 In a training loop of your own:
 
@@ -281,123 +258,3 @@ The page with the curves: {page}"""
 
 def _trained(done: Run, as_json: bool) -> None:
     _answer(as_json, done.data(), lambda: str(done))
-
-
-def _summary(item: Any) -> str:
-    return _prose(item.body if isinstance(item, Rule) else item).split("\n\n")[0].replace("\n", " ")
-
-
-def _prose(item: Any) -> str:
-    """The docstring without its doctest."""
-    return (inspect.getdoc(item) or "").split(">>>")[0].strip()
-
-
-def _columns(rows: Mapping[str, str]) -> str:
-    width = max(map(len, rows), default=0)
-    return "\n".join(f"  {name:<{width}}  {text}".rstrip() for name, text in rows.items())
-
-
-def _indented(text: str) -> str:
-    return "\n".join(f"    {line}".rstrip() for line in text.strip().splitlines())
-
-
-def _rule_data(rule: Rule) -> dict[str, Any]:
-    return {
-        "name": rule.name,
-        "kind": "rule" if rule.kind == "rule" else "link",
-        "doc": _prose(rule.body),
-        "formula": rule.formula.splitlines(),
-        "source": rule.source,
-        "numbers": {
-            number: {"default": value, "meaning": term(number).meaning}
-            for number, value in rule.numbers.items()
-        },
-        "rates": list(rule.rates),
-    }
-
-
-def _rule_page(rule: Rule) -> str:
-    data = _rule_data(rule)
-    numbers = {
-        f"{number} = {entry['default']}": entry["meaning"] for number, entry in data["numbers"].items()
-    }
-    rates = (
-        f"\n\nLearning rates worth trying: {', '.join(f'{rate:g}' for rate in rule.rates)}"
-        if rule.rates
-        else ""
-    )
-    return f"""{rule.name}
-
-{_indented(rule.formula)}
-
-{data["doc"]}
-
-Source: {rule.source}
-
-{_columns(numbers)}{rates}"""
-
-
-def _task_data(found: Task) -> dict[str, Any]:
-    parts = {"train": found.train, "valid": found.valid, "test": found.test}
-    return {
-        "name": found.name,
-        "kind": "task",
-        "doc": _prose(tasks()[found.name]),
-        "metric": found.metric_name,
-        "higher_is_better": found.higher_is_better,
-        "target": found.target,
-        "reference": found.reference,
-        "samples": {part: data and size(data) for part, data in parts.items()},
-        "recipe": found.recipe.data(),
-    }
-
-
-def _task_page(found: Task) -> str:
-    data = _task_data(found)
-    better = "higher" if found.higher_is_better else "lower"
-    return f"""{found.name}: {data["doc"]}
-
-  samples    {", ".join(f"{part} {count}" for part, count in data["samples"].items())}
-  metric     {found.metric_name}, {better} is better; target {found.target}
-  reference  {found.reference}
-
-{_indented(found.recipe.text())}"""
-
-
-def _example(name: str) -> Schedule:
-    """The schedule over 100 steps at peak 1, every other number at its default where it has one."""
-    given: dict[str, Any] = {"peak": 1.0, "steps": 100, "every": 25, "start": 60, "cooldown": 20}
-    signature = inspect.signature(KINDS[name]).parameters
-    chosen = {key: value for key, value in given.items() if key in signature}
-    if "trunk" in signature:
-        chosen["trunk"] = KINDS["constant"](1.0)
-    return KINDS[name](**chosen)
-
-
-def _schedule_data(name: str) -> dict[str, Any]:
-    example = _example(name)
-    parameters = inspect.signature(KINDS[name]).parameters.items()
-    return {
-        "name": name,
-        "kind": "schedule",
-        "doc": _prose(KINDS[name]),
-        "numbers": {key: None if item.default is item.empty else item.default for key, item in parameters},
-        "example": {"data": example.data(), "values": [[step, example(step)] for step in range(0, 101, 5)]},
-    }
-
-
-def _schedule_page(name: str) -> str:
-    example = _example(name)
-    parameters = inspect.signature(KINDS[name]).parameters.items()
-    numbers = ", ".join(
-        key if item.default is item.empty else f"{key} = {item.default!r}" for key, item in parameters
-    )
-    bars = "".join("▁▂▃▄▅▆▇█"[min(7, int(example(step) * 8))] for step in range(0, 100, 2))
-    return f"""{name}({numbers})
-
-{_prose(KINDS[name])}
-
-    {bars}
-    {example!r}, steps 0 to 99
-
-Durations are applied updates, or text: "500 steps", "3 epochs", "64000 samples", "10 %"."""
