@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from downslope.race.record import Job
 
@@ -32,11 +32,11 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_
 
 @dataclass(frozen=True)
 class Lost:
-    """A worker that ended, or hung, before its job was done: why, and the last that it printed."""
+    """A worker that ended, or hung, before its job was done: why, the last that it printed, who did it."""
 
     reason: str
     printed: str
-    hung: bool = False
+    by: Literal["itself", "another", "silence"]
 
 
 @dataclass(eq=False)
@@ -139,9 +139,13 @@ class Pool:
         with suppress(subprocess.TimeoutExpired):
             worker.process.wait(0 if hung else 1)
         status = self._remove(worker)
-        reason = f"it gave no sign of life for {self.stall:g} s" if hung else cause(status)
         if worker.job is not None:
-            yield worker.job, Lost(reason, worker.printed.decode(errors="replace"), hung)
+            printed = worker.printed.decode(errors="replace")
+            if hung:
+                yield worker.job, Lost(f"no sign of life for {self.stall:g} s", printed, "silence")
+            else:
+                by: Literal["itself", "another"] = "another" if -status == signal.SIGKILL else "itself"
+                yield worker.job, Lost(cause(status), printed, by)
 
     def _remove(self, worker: Worker) -> int:
         assert worker.process.stdout is not None
@@ -183,12 +187,12 @@ def cause(status: int) -> str:
     """How a process ended, in words.
 
     >>> cause(-11), cause(3)
-    ('it was killed by SIGSEGV', 'it ended with exit code 3')
+    ('killed by SIGSEGV', 'exit code 3')
     """
     if status >= 0:
-        return f"it ended with exit code {status}"
+        return f"exit code {status}"
     memory = " (by hand, or for want of memory)" if -status == signal.SIGKILL else ""
-    return f"it was killed by {signal.Signals(-status).name}{memory}"
+    return f"killed by {signal.Signals(-status).name}{memory}"
 
 
 def _environment() -> dict[str, str]:

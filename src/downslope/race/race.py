@@ -11,8 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,9 @@ from downslope.errors import BadInput, UserCodeError
 from downslope.folder import RunFolder
 from downslope.journal import Journal, read
 from downslope.race.assignment import assignment, folder
-from downslope.race.budget import Budget
 from downslope.race.candidates import baseline
 from downslope.race.decide import Decision, decide
-from downslope.race.planning import Recipes, agree, planned
+from downslope.race.planning import Recipes, Request, agree, planned
 from downslope.race.pool import Lost, Message, Pool
 from downslope.race.progress import Progress, progress
 from downslope.race.record import Event, Job, Record
@@ -32,8 +30,10 @@ from downslope.tasks import Task
 from downslope.tasks import task as find
 from downslope.train.checkpoint import remove
 
-ATTEMPTS = 3
-"""Workers that a job may cost without getting on before its trial has failed."""
+ATTEMPTS = {"itself": 3, "another": 10, "silence": 1}
+"""Workers that a job may lose without getting on before its trial has failed, by who ended the last: `kill
+-9` comes from outside, and says little about the trial (but may mean that it eats all memory); a crash is
+mostly its own."""
 
 _REHEARSAL = Job(None, None, -1)
 
@@ -51,7 +51,7 @@ def race(
     *,
     seed: int = 0,
     recipes: Recipes | None = None,
-    rules: Iterable[str] | None = None,
+    rules: Sequence[str] | None = None,
     stall: float = 600.0,
 ) -> Standings:
     """Find the best recipe for a task, and how surely it is the best.
@@ -66,15 +66,14 @@ def race(
     for name, value, least in (("seeds", seeds, 1), ("workers", workers, 1), ("seed", seed, 0)):
         if type(value) is not int or not least <= value < 2**31:
             raise BadInput(f"{name} must be a whole number from {least}, got {value!r}.")
-    spend = Budget.parse(budget)
     found = find(task) if isinstance(task, str) else task
     if found.entry is None:
         raise BadInput(
             "A race runs in processes of its own, which cannot see a task that was made here: put the "
             "function that returns it into a file, and pass 'path/to/file.py:function'."
         )
-    plan = partial(planned, found, spend, budget, seeds, seed, recipes or {}, rules)
-    asked = None if spend.unit == "s" else plan(None)
+    request = Request(found, budget, seeds, seed, recipes or {}, rules)
+    asked = None if request.spend.unit == "s" else planned(request, None)
     place = Path(out) if out is not None else Path("runs", found.name)
     with RunFolder(place) as held, Journal.open(place / "journal.jsonl") as journal, progress() as show:
         hello = {"task": found.entry.data(), "trials": str((place / "trials").resolve())}
@@ -82,7 +81,7 @@ def race(
             course = Course(held, journal, pool, show)
             if course.record.plan is None:
                 course.rehearse(baseline(found.recipe).recipe.text(), seed, timed=asked is None)
-            course.begin(asked or plan(course.record.pace))
+            course.begin(asked or planned(request, course.record.pace))
             return course.run()
 
 
@@ -104,26 +103,26 @@ class Course:
 
     def rehearse(self, recipe: str, seed: int, timed: bool) -> None:
         """Try the task in a worker before anything is planned: its errors are the user's to read, now."""
-        deaths = 0
         if timed and self.record.pace is not None:
             return
+        lost = 0
+        while isinstance(answer := self._asked({"recipe": recipe, "seed": seed, "timed": timed}), Lost):
+            lost += 1
+            if lost >= ATTEMPTS[answer.by]:
+                trace = Remote(answer.printed)
+                raise UserCodeError(
+                    f"A worker that only tried the task was lost: {answer.reason}."
+                ) from trace
+        if answer["kind"] == "failed":
+            raise UserCodeError(answer["reason"]) from Remote(answer["trace"])
+        if timed:
+            self.say("pace", seconds_per_step=answer["pace"], workers=self.pool.size)
+
+    def _asked(self, message: Message) -> Message | Lost:
+        self.pool.begin(_REHEARSAL, message)
         while True:
-            self.pool.begin(_REHEARSAL, {"recipe": recipe, "seed": seed, "timed": timed})
-            while self.pool.busy:
-                for _, message in self.pool.messages(1.0):
-                    if isinstance(message, Lost):
-                        deaths += 1
-                    elif message["kind"] == "failed":
-                        raise UserCodeError(message["reason"]) from Remote(message["trace"])
-                    elif timed:
-                        self.say("pace", seconds_per_step=message["pace"], workers=self.pool.size)
-                        return
-                    else:
-                        return
-                    if deaths >= ATTEMPTS:
-                        raise UserCodeError(f"The worker died of the task: {message.reason}.") from Remote(
-                            message.printed
-                        )
+            for _, answer in self.pool.messages(1.0):
+                return answer
 
     def begin(self, asked: Mapping[str, Any]) -> None:
         """Plan the race, or see that the one that is here is the one that was asked for."""
@@ -162,8 +161,7 @@ class Course:
         if isinstance(message, Lost):
             attempt = self.record.deaths.get(job, 0) + 1
             reason = f"its worker was lost: {message.reason}"
-            if message.hung or attempt >= ATTEMPTS:
-                reason += "" if message.hung else f", {attempt} times without getting on"
+            if attempt >= ATTEMPTS[message.by]:
                 self.say("failed", **job.data(), reason=reason, trace=message.printed)
             else:
                 self.say("lost", **job.data(), attempt=attempt, reason=reason)
