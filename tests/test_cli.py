@@ -215,6 +215,18 @@ def test_a_loss_that_raises_is_the_users_fault_too(tmp_path: Path) -> None:
     assert "/downslope/" not in done.stderr
 
 
+def test_a_loss_that_raises_in_a_worker_shows_the_same_frames(tmp_path: Path) -> None:
+    write(tmp_path, loss="sick")
+    done = downslope("race", "cli_task.py:quick", "--budget", "4x", "--rule", "sgd", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout == ""
+    *trace, last = done.stderr[done.stderr.index("Traceback") :].splitlines()
+    assert trace[-1] == "ValueError: a loss that raises"
+    assert [line for line in trace if line.startswith("  File ")] == [trace[1]]
+    assert trace[1].endswith(", in sick")
+    assert last == "downslope: The loss of quick raised ValueError: a loss that raises"
+
+
 def test_train_answers_machines_with_one_document_whatever_the_user_prints(tmp_path: Path) -> None:
     write(tmp_path)
     done = downslope("train", "cli_task.py:quick", "--json", cwd=tmp_path)

@@ -198,3 +198,12 @@ def test_a_fault_inside_a_fault_keeps_its_first_name() -> None:
         guest("the inner"),
     ):
         raise ValueError("no")
+
+
+def test_a_traceback_from_another_process_is_shown_as_it_came(mine: Path) -> None:
+    with pytest.raises(UserCodeError) as caught:
+        load(f"{mine}:broken")
+    there = frames(caught.value)
+    error = UserCodeError("the loss raised")
+    error.__cause__ = Exception(there)
+    assert frames(error) == there

@@ -42,6 +42,10 @@ def guest(what: str) -> Iterator[None]:
 def frames(error: BaseException) -> str:
     """The traceback of what the user's code raised, as Python prints it, without this package's frames."""
     cause = error.__cause__ if isinstance(error, UserCodeError) and error.__cause__ else error
+    if (
+        cause.__traceback__ is None
+    ):  # never raised here: it brings the traceback of another process as its text
+        return f"{str(cause).rstrip()}\n"
     report = traceback.TracebackException.from_exception(cause)
     part: traceback.TracebackException | None = report
     while part is not None:
