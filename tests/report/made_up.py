@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from fractions import Fraction
 from pathlib import Path
 from random import Random
 
@@ -18,7 +19,7 @@ RULES = {
     "adamw": 0.003,
     "lion": 0.0004,
 }
-RUNGS = ((0, 0.25, 24), (1, 0.5, 8), (2, 1.0, 4))
+RUNGS = ((0, "1/4", 24), (1, "1/2", 8), (2, "1", 4))
 STEPS = 400
 SEEDS = 5
 
@@ -84,7 +85,7 @@ class Race:
         running = [t["trial"] for t in self.trials]
         before = 0
         for rung, fraction, _ in RUNGS:
-            step = round(fraction * STEPS)
+            step = round(Fraction(fraction) * STEPS)
             for trial in running:
                 self._trunk(trial, rung, before, step - 10)
                 self._judged(trial, rung, step)

@@ -31,6 +31,16 @@ def test_whatever_is_measured_gives_an_axis(values: list[float], log: bool) -> N
     axis.ticks()
 
 
+@given(st.lists(st.floats(0, 1), min_size=1))
+def test_an_accuracy_finds_its_place_whatever_it_is(values: list[float]) -> None:
+    axis = spanning(values, flip=True, percent=True)
+    assert all(-1e-6 <= axis.place(v) <= 1 + 1e-6 for v in values)
+    ordered = [axis.place(v) for v in sorted(values)]
+    assert ordered == sorted(ordered)
+    labels = [tick.label for tick in axis.ticks()]
+    assert len(set(labels)) == len(labels)
+
+
 @given(POSITIVE, st.booleans(), st.integers(2, 8))
 def test_ticks_ascend_inside_the_axis_and_are_few(values: list[float], log: bool, count: int) -> None:
     axis = spanning(values, log=log)

@@ -194,6 +194,25 @@ def test_every_beginning_of_a_training_is_a_page(tmp_path: Path) -> None:
         assert "The training of digits-cnn is at step" in check(page(tmp_path)).text
 
 
+def test_what_a_crash_took_back_is_not_drawn(tmp_path: Path) -> None:
+    training(tmp_path, finished=False)
+    with Journal.open(tmp_path / "journal.jsonl") as journal:
+        journal.append("resume", step=1, after=1)
+        journal.append("step", step=1, loss=0.5, lr=0.1, seconds=0.1)
+    seen = check(page(tmp_path))
+    assert "The training of digits-cnn is at step 1" in seen.text
+    series = json.loads(seen.blocks["script"][0])["series"]
+    assert [s["tracks"]["train"]["values"][-1] for s in series] == [0.5]
+
+
+def test_a_training_that_failed_says_why(tmp_path: Path) -> None:
+    training(tmp_path, finished=False)
+    with Journal.open(tmp_path / "journal.jsonl") as journal:
+        journal.append("failed", step=400, reason="the data ended: PASSWORD=HUNTER2")
+    text = check(page(tmp_path)).text
+    assert "It stopped: the data ended: PASSWORD=[hidden]" in text
+
+
 def test_a_training_tells_what_it_reached_and_what_it_skipped(tmp_path: Path) -> None:
     training(tmp_path)
     seen = check(page(tmp_path))

@@ -29,7 +29,7 @@ SIGHT = {
         (0.004733, 0.691367, 0.3039),
     ),
 }
-# Björn Ottosson 2020, "A perceptual color space for image processing": linear RGB -> LMS, cube root, -> Oklab.
+# Björn Ottosson 2020, "A perceptual color space for image processing": linear RGB, LMS, cube root, Oklab.
 LMS = (
     (0.4122214708, 0.5363325363, 0.0514459929),
     (0.2119034982, 0.6806995451, 0.1073969566),

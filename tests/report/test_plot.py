@@ -2,13 +2,14 @@
 
 import math
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from downslope.report.axis import Axis
 from downslope.report.plot import Quantity, Series, Track, panels, path
 
-LOSS = Quantity("train", "Training loss", "Training loss", "Training loss")
+LOSS = Quantity("train", "Training loss")
 UNIT = Axis(0, 1)
 
 
@@ -54,12 +55,27 @@ def test_a_bad_trial_does_not_flatten_the_others() -> None:
 
 
 def test_a_quantity_that_nobody_measured_has_no_panel() -> None:
-    assert panels([Series("a", 0, {"train": track([1.0])})], [Quantity("metric", "", "", "")]) == []
+    assert panels([Series("a", 0, {"train": track([1.0])})], [Quantity("metric", "")]) == []
 
 
-def test_the_logarithm_of_an_accuracy_is_its_error() -> None:
-    accuracy = Quantity("metric", "Accuracy", "Accuracy", "Error", percent=True, flip=True)
-    drawn = panels([Series("a", 0, {"metric": track([0.9, 0.99])})], [accuracy])
-    log = next(p for p in drawn if p.key == "metric-steps-log")
-    assert log.title == "Error"
-    assert log.y.low < 0.01 < 0.1 < log.y.high
+def test_an_accuracy_is_drawn_by_the_logarithm_of_its_error() -> None:
+    accuracy = Quantity("metric", "Accuracy", percent=True, flip=True)
+    drawn = panels([Series("a", 0, {"metric": track([0.9, 0.99, 1.0])})], [accuracy])
+    y = next(p for p in drawn if p.key == "metric-steps-log").y
+    assert y.place(0.99) - y.place(0.9) == pytest.approx(y.place(0.9) - y.place(0.0))
+    assert y.place(0.9) < y.place(0.99) < y.place(1.0) == 1
+
+
+def test_dots_are_not_joined() -> None:
+    dots = Series("a", 0, {"train": track([0.0, 1.0])}, dots=True)
+    assert "L" not in panels([dots], [LOSS])[0].paths[0].d
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=60), st.floats(0, 100))
+def test_a_running_mean_stays_between_the_extremes(values: list[float], span: float) -> None:
+    smooth = track(values).smooth(span)
+    assert smooth.steps == track(values).steps
+    slack = 1e-6 * (1 + max(map(abs, values)))
+    assert all(min(values) - slack <= v <= max(values) + slack for v in smooth.values)
+    if span < 1:
+        assert smooth.values == tuple(values)

@@ -25,18 +25,25 @@ class Tick:
 class Axis:
     """An interval of values, linear or logarithmic, mapped onto 0 … 1.
 
-    >>> Axis(0.01, 1.0, log=True).place(0.1)
-    0.5
+    `flip` is for an accuracy: logarithmic in the error, 1 − value, so that 90 %, 99 % and 99.9 % lie equally
+    far apart; a perfect value lies at the upper end.
+
+    >>> Axis(0.01, 1.0, log=True).place(0.1), round(Axis(0.0, 0.99, log=True, flip=True).place(0.9), 9)
+    (0.5, 0.5)
     """
 
     low: float
     high: float
     log: bool = False
     percent: bool = False
+    flip: bool = False
 
     def place(self, value: float) -> float:
         """Where the value lies: 0 at `low`, 1 at `high`; what lies outside stays outside, never beyond ±9."""
-        if self.log:
+        if self.flip:
+            inside = min(value, self.high)  # a perfect value has no logarithm of its error
+            place = math.log((1 - self.low) / (1 - inside)) / math.log((1 - self.low) / (1 - self.high))
+        elif self.log:
             place = math.log(value / self.low) / math.log(self.high / self.low) if value > 0 else -1.0
         else:
             place = (value - self.low) / (self.high - self.low)
@@ -44,11 +51,10 @@ class Axis:
 
     def ticks(self, count: int = 6) -> list[Tick]:
         """About `count` round values inside the interval."""
-        values = (
-            _log_values(self.low, self.high, count)
-            if self.log
-            else _linear_values(self.low, self.high, count)
-        )
+        if self.flip:
+            values = [1 - error for error in reversed(_log_values(1 - self.high, 1 - self.low, count))]
+        else:
+            values = (_log_values if self.log else _linear_values)(self.low, self.high, count)
         every = 2 if len(values) > 4 else 1
         return [Tick(v, self.place(v), self.label(v), minor=i % every != 0) for i, v in enumerate(values)]
 
@@ -79,12 +85,19 @@ def spanning(
     log: bool = False,
     percent: bool = False,
     zero: bool = False,
+    flip: bool = False,
     margin: float = 0.04,
 ) -> Axis:
     """The axis that holds all finite values with a little air; `zero` makes it begin at 0.
 
-    A logarithmic axis looks at positive values only. With nothing to show it is 0 … 1 (log: 0.1 … 1).
+    A logarithmic axis looks at positive values only, a flipped one at values up to 1. With nothing to show it
+    is 0 … 1 (log: 0.1 … 1, flipped: 0 … 0.9).
     """
+    if flip:
+        errors = [1 - v for v in values if -FARTHEST < v <= 1]
+        error = spanning([e for e in errors if e > 1e-12], log=True, margin=margin)
+        least = error.low / 2 if min(errors, default=1) <= 1e-12 else error.low
+        return Axis(1 - error.high, 1 - least, True, percent, True)
     known = [float(v) for v in values if abs(v) < FARTHEST and (v > 1 / FARTHEST or not log)]
     if not known:
         return Axis(0.1 if log else 0.0, 1.0, log, percent)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
+from fractions import Fraction
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -22,6 +23,17 @@ Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is Non
 
 Words = Annotated[str, AfterValidator(clip)]
 """A name or a sentence; a page has no room for more than the beginning of a long one."""
+
+
+def _share(value: object) -> object:
+    """A part of the whole as text, "1/4", is exact; anything else is left for the check to refuse."""
+    try:
+        return float(Fraction(value)) if isinstance(value, str) and len(value) < 50 else value
+    except (ValueError, ZeroDivisionError, OverflowError):
+        return value
+
+
+Share = Annotated[float, BeforeValidator(_share), Field(gt=0, le=1)]
 
 
 class Record(BaseModel):
@@ -49,7 +61,7 @@ class Rung(Record):
     """A place where all runners are judged: at `fraction` of a full training."""
 
     rung: int
-    fraction: float = Field(gt=0)
+    fraction: Share
     runners: int = 0
 
 
@@ -138,9 +150,9 @@ class Final(Measured):
 
 
 class Failed(Record):
-    """The trial is out."""
+    """The trial of a race, or a training (which has no number), is out."""
 
-    trial: int
+    trial: int = 0
     reason: Words = ""
 
 
@@ -242,6 +254,7 @@ TRAINING: dict[str, type[Record]] = {
     "step": Step,
     "valid": Measured,
     "skip": Skip,
+    "failed": Failed,
     "end": TrainingEnd,
 }
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
 from importlib import resources
@@ -86,7 +87,7 @@ def _environment() -> Environment:
     )
     environment.filters["pc"] = lambda place: f"{100 * place:.2f}%"
     environment.filters["toml"] = _toml
-    environment.filters["words"] = _words
+    environment.filters["told"] = _told
     return environment
 
 
@@ -95,11 +96,13 @@ def _finalize(value: Any) -> Any:
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _words(text: str) -> Markup:
-    """A sentence in which no short name is broken at its hyphen."""
-    marked = Markup('<span class="whole">{}</span>')
-    parts = [marked.format(w) if "-" in w and len(w) <= 24 else escape(w) for w in visible(text).split(" ")]
-    return Markup(" ").join(parts)
+def _told(sentence: str, names: Sequence[str]) -> Markup:
+    """A sentence in which the names stand out, and short ones are not broken at the end of a line."""
+    known = sorted({visible(name) for name in names if name}, key=len, reverse=True)
+    pieces = re.split(f"({'|'.join(map(re.escape, known))})" if known else r"(?!)", visible(sentence))
+    named = Markup('<b class="{}">{}</b>')
+    marks = {name: named.format("whole" if len(name) <= 24 else "", name) for name in known}
+    return Markup("").join(marks.get(piece) or escape(piece) for piece in pieces)
 
 
 def _toml(text: str) -> Markup:

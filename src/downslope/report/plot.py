@@ -8,8 +8,9 @@ without JavaScript.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +18,6 @@ from downslope.report.axis import Axis, Tick, spanning
 
 POINTS = 160  # per line: a panel is rarely wider than 800 pixels, and every second pixel is enough
 BOX = 1000
-FEW = 12  # measured points are drawn as dots up to here
 
 
 @dataclass(frozen=True)
@@ -42,25 +42,34 @@ class Track:
         order = sorted(kept)
         return Track(*(tuple(column[i] for i in order) for column in (self.steps, self.seconds, self.values)))
 
+    def smooth(self, span: float) -> Track:
+        """Each value replaced by the mean of those in `span` steps around it."""
+        values = []
+        for step in self.steps:
+            near = self.values[
+                bisect_left(self.steps, step - span / 2) : bisect_right(self.steps, step + span / 2)
+            ]
+            values.append(sum(near) / len(near))
+        return Track(self.steps, self.seconds, tuple(values))
+
 
 @dataclass(frozen=True)
 class Series:
-    """One training in the plots; one hue is switched together, `faint` lines stay in the background."""
+    """One training in the plots, a line or (`dots`) single points; `faint` ones stay in the background."""
 
     name: str
     hue: int
     tracks: dict[str, Track]
     faint: bool = False
+    dots: bool = False
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """What a panel may show. `flip` says that its logarithmic form is 1 − value: the error of an accuracy."""
+    """What a panel may show; with `flip` its logarithmic form is that of the error, 1 − value."""
 
     key: str
     name: str
-    title: str
-    log_title: str
     percent: bool = False
     flip: bool = False
     log: bool = True  # a logarithmic form exists
@@ -72,7 +81,6 @@ class Path:
 
     series: int
     d: str
-    dots: str = ""  # where the points are few, each is drawn
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,6 @@ class Panel:
     title: str
     quantity: str
     against: str
-    flip: bool
     x: Axis
     y: Axis
     paths: list[Path]
@@ -105,7 +112,6 @@ class Panel:
         return {
             "quantity": self.quantity,
             "against": self.against,
-            "flip": self.flip,
             "x": _axis_data(self.x),
             "y": _axis_data(self.y),
         }
@@ -128,53 +134,45 @@ def panel(
     series: Sequence[Series], quantity: Quantity, against: str, log: bool, marks: Sequence[Track] = ()
 ) -> Panel:
     """Draw one quantity of all series."""
-    flip = log and quantity.flip
     drawn = [
-        (i, getattr(t, against), [_flipped(v) for v in t.values] if flip else t.values)
-        for i, s in enumerate(series)
-        if (t := s.tracks.get(quantity.key))
+        (i, getattr(t, against), t.values) for i, s in enumerate(series) if (t := s.tracks.get(quantity.key))
     ]
     x = spanning((v for _, xs, _ in drawn for v in xs), zero=True)
-    y = spanning(_shown(series, drawn), log=log, percent=quantity.percent)
+    y = spanning(_shown(series, drawn), log=log, percent=quantity.percent, flip=log and quantity.flip)
     return Panel(
         key="-".join((quantity.key, against, "log" if log else "linear")),
         name=quantity.name,
-        title=quantity.log_title if log else quantity.title,
+        title=f"{quantity.name}, by the logarithm of its error" if y.flip else quantity.name,
         quantity=quantity.key,
         against=against,
-        flip=flip,
         x=x,
         y=y,
-        paths=[_drawn(i, xs, values, x, y) for i, xs, values in drawn],
+        paths=[Path(i, path(xs, values, x, y, joined=not series[i].dots)) for i, xs, values in drawn],
         marks=[x.place(v) for track in marks for v in getattr(track, against) if math.isfinite(v)],
     )
 
 
-def path(xs: Sequence[float], ys: Sequence[float], x: Axis, y: Axis) -> str:
+def path(xs: Sequence[float], ys: Sequence[float], x: Axis, y: Axis, *, joined: bool = True) -> str:
     """The `d` of an SVG path; a value that is no number, or too small for a logarithm, breaks the line.
 
     >>> path([0, 1], [0.0, 1.0], Axis(0, 1), Axis(0, 1))
     'M0 1000h0L1000 0'
     """
-    return "".join(
-        f"M{points[0]}h0" + "".join(f"L{p}" for p in points[1:]) for points in _strokes(xs, ys, x, y)
-    )
+    strokes = _strokes(xs, ys, x, y)
+    if not joined:
+        return "".join(f"M{point}h0" for stroke in strokes for point in stroke)
+    return "".join(f"M{stroke[0]}h0" + "".join(f"L{point}" for point in stroke[1:]) for stroke in strokes)
 
 
 def _strokes(xs: Sequence[float], ys: Sequence[float], x: Axis, y: Axis) -> list[list[str]]:
     """The unbroken pieces of a line, as pairs of coordinates in the box."""
     strokes: list[list[str]] = [[]]
     for at, value in zip(xs, ys, strict=True):
-        if math.isfinite(at) and math.isfinite(value) and (value > 0 or not y.log):
+        if math.isfinite(at) and math.isfinite(value) and (value > 0 or y.flip or not y.log):
             strokes[-1].append(f"{round(BOX * x.place(at))} {round(BOX * (1 - y.place(value)))}")
         elif strokes[-1]:
             strokes.append([])
     return [stroke for stroke in strokes if stroke]
-
-
-def _drawn(series: int, xs: Sequence[float], ys: Sequence[float], x: Axis, y: Axis) -> Path:
-    few = [point for stroke in _strokes(xs, ys, x, y) for point in stroke] if len(xs) <= FEW else []
-    return Path(series, path(xs, ys, x, y), "".join(f"M{point}h0" for point in few))
 
 
 def _shown(
@@ -185,13 +183,9 @@ def _shown(
     return strong or [v for _, _, values in drawn for v in values]
 
 
-def _flipped(value: float) -> float:
-    return 1 - value
-
-
 def _order(value: float) -> float:
     return value if math.isfinite(value) else math.inf
 
 
 def _axis_data(axis: Axis) -> dict[str, Any]:
-    return {"low": axis.low, "high": axis.high, "log": axis.log, "percent": axis.percent}
+    return asdict(axis)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from downslope.report import words
 from downslope.report.axis import Axis, spanning
-from downslope.report.events import Candidate, Judged, Measured
+from downslope.report.curves import curves, trainings
+from downslope.report.events import Candidate, Judged
 from downslope.report.log import Log
-from downslope.report.plot import Panel, Quantity, Series, Track, panels, path
+from downslope.report.plot import path
 from downslope.report.text import number, plural, redact
 from downslope.report.view import (
-    Curves,
     Facet,
     Gate,
     Lanes,
-    Legend,
     Page,
     Point,
     Rates,
@@ -26,17 +24,17 @@ from downslope.report.view import (
     Trial,
 )
 
-MOST_LINES = 240  # beyond, nobody could tell them apart, and the page grows too large
 MOST_LANES = 300
 
 
 def race_page(log: Log, command: str) -> Page:
     """Everything a race's page says."""
-    series = _series(log)
+    series = trainings(log)
     return Page(
         kind="race",
         task=log.plan.task_name,
         headline=words.headline(log),
+        names=[*(row.name for row in log.rows), log.plan.task_name],
         metric=log.metric,
         facts=words.facts(log),
         command=command,
@@ -45,28 +43,11 @@ def race_page(log: Log, command: str) -> Page:
         notes=words.notes(log),
         series=series,
         standings=_standings(log),
-        curves=_curves(log, panels(series, quantities(log))),
+        curves=curves(log, series),
         rates=_rates(log),
         lanes=_lanes(log),
         recipe=_recipe(log),
     )
-
-
-def quantities(log: Log) -> list[Quantity]:
-    """What the curves may show."""
-    name, percent = log.plan.metric, log.metric.percent
-    return [
-        Quantity("train", "Training loss", "Training loss", "Training loss"),
-        Quantity("valid", "Validation loss", "Validation loss", "Validation loss"),
-        Quantity(
-            "metric",
-            name.capitalize(),
-            f"Validation {name}",
-            f"Validation error (100 % − {name})" if percent else f"Validation {name}",
-            percent=percent,
-            flip=percent,
-        ),
-    ]
 
 
 def _standings(log: Log) -> Standings | None:
@@ -98,63 +79,6 @@ def _standings(log: Log) -> Standings | None:
     return Standings(lead, rows, spanning(ends, margin=0.06))
 
 
-def _series(log: Log) -> list[Series]:
-    """Background lines first: strong lines are drawn over them. In a large race the worst stay out."""
-    seen: set[str] = set()
-    series: list[Series] = []
-    for trial in log.order:
-        strong = log.candidates[trial].rule not in seen
-        seen.add(log.candidates[trial].rule)
-        if strong or len(series) < MOST_LINES:
-            series += _of_trial(log, trial, strong=strong)
-    return sorted(series, key=lambda s: not s.faint)
-
-
-def _of_trial(log: Log, trial: int, *, strong: bool) -> list[Series]:
-    """The trial's trunk with its judgements, and its finals; a final, if there is one, is the strong line."""
-    hue, name = log.hue(trial), log.name(trial)
-    repeats = sorted(
-        {repeat for t, run, repeat in log.segments if t == trial and run == "final" and repeat is not None}
-    )
-    judged = log.judged.get(trial, [])
-    found = [Series(name, hue, _tracks(log, trial, judged, "trunk"), faint=not strong or bool(repeats))]
-    for repeat in repeats:
-        valid: list[Measured] = [s.valid for s in log.segments[trial, "final", repeat] if s.valid]
-        valid += [f for f in log.finals.get(trial, []) if f.repeat == repeat]
-        tracks = _tracks(log, trial, valid, "final", repeat)
-        found.append(
-            Series(f"{name}, final on seed {repeat + 1}", hue, tracks, faint=not strong or repeat > 0)
-        )
-    return [s for s in found if s.tracks]
-
-
-def _tracks(
-    log: Log, trial: int, valid: Sequence[Measured], run: str, repeat: int | None = None
-) -> dict[str, Track]:
-    tracks = {}
-    steps, seconds, losses = log.curve(trial, run, repeat)
-    if steps:
-        tracks["train"] = Track(tuple(steps), tuple(seconds), tuple(losses)).thinned()
-    ordered = sorted({v.step: v for v in valid}.items())
-    if ordered:
-        at = tuple(float(step) for step, _ in ordered)
-        clock = tuple(v.seconds for _, v in ordered)
-        tracks["valid"] = Track(at, clock, tuple(v.loss for _, v in ordered)).thinned()
-        tracks["metric"] = Track(at, clock, tuple(v.metric for _, v in ordered)).thinned()
-    return tracks
-
-
-def _curves(log: Log, drawn: list[Panel]) -> Curves | None:
-    if not drawn:
-        return None
-    lead = (
-        "The best candidate of every rule is drawn strongly: its full training where it reached the final, "
-        "else as far as it went. Validation is read at the end of a cooldown, where the rate has come down."
-    )
-    legend = [Legend(rule, hue) for rule, hue in log.hues.items()]
-    return Curves(lead, drawn, legend, "every other training")
-
-
 def _rates(log: Log) -> Rates | None:
     """One facet a rule: the first rung, which all candidates ran, against the peak learning rate."""
     points = {
@@ -168,10 +92,7 @@ def _rates(log: Log) -> Rates | None:
     if not points:
         return None
     x = spanning((c.lr for c, _ in points.values() if c.lr), log=True, margin=0.06)
-    values = sorted(
-        (j.metric for _, j in points.values() if math.isfinite(j.metric)), reverse=log.metric.higher_is_better
-    )
-    y = spanning(values[: max(2, math.ceil(0.8 * len(values)))], percent=log.metric.percent, margin=0.08)
+    y = _rated_axis(log, [j.metric for _, j in points.values() if math.isfinite(j.metric)])
     facets = [
         facet
         for rule in log.hues
@@ -181,9 +102,17 @@ def _rates(log: Log) -> Rates | None:
     place = f" after {number(100 * rung.fraction)} % of a full training" if rung else ""
     lead = (
         f"Validation {log.plan.metric} of every candidate{place}, the gate that all of them reached. A flat "
-        "top forgives a careless learning rate; a narrow peak does not. Points on the edge lie beyond it."
+        "top forgives a careless learning rate; a narrow peak does not."
     )
     return Rates(lead, x, y, facets)
+
+
+def _rated_axis(log: Log, values: list[float]) -> Axis:
+    """An accuracy on the logarithm of its error shows all; else the worst fifth may lie beyond the edge."""
+    if log.metric.percent:
+        return spanning(values, percent=True, flip=True, margin=0.06)
+    best = sorted(values, reverse=log.metric.higher_is_better)[: max(2, math.ceil(0.8 * len(values)))]
+    return spanning(best, margin=0.08)
 
 
 def _facet(log: Log, rule: str, measured: list[tuple[Candidate, Judged]], x: Axis, y: Axis) -> Facet | None:
@@ -202,10 +131,10 @@ def _facet(log: Log, rule: str, measured: list[tuple[Candidate, Judged]], x: Axi
         top = lr if log.metric.better(best[lr][1].metric, best[top][1].metric) else top
     points = []
     for lr, value in zip(lrs, values, strict=True):
-        shown = min(max(value, y.low), y.high) if math.isfinite(value) else floor
+        place = min(1.0, max(0.0, y.place(value if math.isfinite(value) else floor)))
         words_ = f"{best[lr][0].names[0]}\nlearning rate {number(lr)}: "
         tip = words_ + (log.metric.write(value) if best[lr][1].outcome == "ok" else best[lr][1].outcome)
-        points.append(Point(x.place(lr), 1 - y.place(shown), tip, best=lr == top))
+        points.append(Point(x.place(lr), 1 - place, tip, best=lr == top))
     return Facet(rule, log.hues[rule], number(top), path(lrs, values, x, y), points)
 
 
@@ -220,7 +149,6 @@ def _lanes(log: Log) -> Lanes | None:
             minor=rung.fraction < 0.25,
         )
         for rung in log.plan.rungs
-        if rung.fraction <= 1
     ]
     if log.finalists and gates[-1].place < 1:
         gates.append(Gate(1.0, "100 %", f"{len(log.finalists)} in the final"))
@@ -273,9 +201,10 @@ def _fate(log: Log, trial: int) -> tuple[str, str]:
         return "finalist", baseline + ("tied" if row and row.tied else "final")
     if judged and judged[-1].outcome != "ok":
         return "failed", judged[-1].outcome
-    if judged and judged[-1].rung in log.kept and trial not in log.kept[judged[-1].rung]:
-        return "cut", "stopped"
-    return "running", "running" if log.sealed is None else "stopped"
+    if judged and (log.finalists or trial not in log.kept.get(judged[-1].rung, {trial})):
+        fraction = next((rung.fraction for rung in log.plan.rungs if rung.rung == judged[-1].rung), None)
+        return "cut", f"out at {number(100 * fraction)} %" if fraction else "out"
+    return "running", "running"
 
 
 def _recipe(log: Log) -> Recipe | None:

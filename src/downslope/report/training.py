@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from downslope.folder import read_file
+from downslope.journal import Event
 from downslope.report import events as ev
+from downslope.report.curves import quantities
 from downslope.report.plot import Quantity, Series, Track, panel, panels
 from downslope.report.text import duration, number, plural, redact
 from downslope.report.view import Curves, Fact, Legend, Metric, Page, Recipe, Schedule
+from downslope.train.history import history
 
 POINTS = 600  # a training has the page to itself
 LARGEST_RECIPE = 2**20  # bytes; the same limit as for reading a recipe
 
 
 class Log:
-    """A training's events by kind; a step that was repeated after a crash counts once."""
+    """A training's events by kind, without what a crash took back."""
 
-    def __init__(self, events: Iterable[Mapping[str, Any]], name: str) -> None:
+    def __init__(self, events: Iterable[Event], name: str) -> None:
         """Raises BadInput where an event is wrong."""
         self.start = ev.Start()
         self.end: ev.TrainingEnd | None = None
+        self.failed = ""
         steps: dict[int, ev.Step] = {}
         valid: dict[int, ev.Measured] = {}
         skips: dict[int, ev.Skip] = {}
-        for record in ev.typed(events, ev.TRAINING, name):
+        for record in ev.typed(history(events), ev.TRAINING, name):
             match record:
                 case ev.Start():
                     self.start = record
@@ -38,8 +42,10 @@ class Log:
                     valid[record.step] = record
                 case ev.Skip():
                     skips[record.step] = record
+                case ev.Failed():
+                    self.failed = record.reason
                 case ev.TrainingEnd():
-                    self.end = record
+                    self.end, self.failed = record, ""
         self.steps = [steps[step] for step in sorted(steps)]
         self.valid = [valid[step] for step in sorted(valid)]
         self.skips = [skips[step] for step in sorted(skips)]
@@ -58,22 +64,22 @@ class Log:
         return max(known, default=None)
 
 
-def training_page(events: Iterable[Mapping[str, Any]], folder: Path) -> Page:
+def training_page(events: Iterable[Event], folder: Path) -> Page:
     """Everything the page of one training says."""
     log = Log(events, str(folder / "journal.jsonl"))
     series = _series(log)
     skips = _skips(log)
-    drawn = panels(series, _quantities(log), skips)
-    schedule = (
-        [panel(series, _RATE, "steps", False, skips)] if any("rate" in s.tracks for s in series) else []
-    )
+    loss, *others = quantities(log.metric)
+    drawn = panels(series, [replace(loss, name="Loss"), *(q for q in others if q.key == "metric")], skips)
+    schedule = [panel(series, RATE, "steps", False, skips)] if any("rate" in s.tracks for s in series) else []
     return Page(
         kind="training",
         task=log.start.task or folder.name,
         headline=_headline(log, folder),
+        names=[log.start.task or folder.name],
         metric=log.metric,
         facts=_facts(log),
-        command=redact(shlex.join(["downslope", "train", log.start.task, "--seed", str(log.start.seed)])),
+        command=redact(shlex.join([*_COMMAND, "--seed", str(log.start.seed), log.start.task])),
         summary=_summary(log),
         highlights=_highlights(log),
         notes=_notes(log),
@@ -84,16 +90,8 @@ def training_page(events: Iterable[Mapping[str, Any]], folder: Path) -> Page:
     )
 
 
-_RATE = Quantity("rate", "Learning rate", "Learning rate", "Learning rate", log=False)
-
-
-def _quantities(log: Log) -> list[Quantity]:
-    name, percent = log.metric.name, log.metric.percent
-    error = f"Validation error (100 % − {name})" if percent else f"Validation {name}"
-    return [
-        Quantity("train", "Loss", "Loss", "Loss"),
-        Quantity("metric", name.capitalize(), f"Validation {name}", error, percent=percent, flip=percent),
-    ]
+_COMMAND = ("downslope", "train", "--recipe", "recipe.toml")
+RATE = Quantity("rate", "Learning rate", log=False)
 
 
 def _series(log: Log) -> list[Series]:
@@ -132,8 +130,10 @@ def _headline(log: Log, folder: Path) -> str:
 
 
 def _summary(log: Log) -> list[str]:
+    if log.failed:
+        return [f"It stopped: {redact(log.failed)}"]
     if log.end is None:
-        return ["It is not finished; `downslope resume` goes on where it stopped."]
+        return ["It is not finished; downslope resume goes on where it stopped."]
     best = log.valid[0] if log.valid else None
     for measured in log.valid:
         best = measured if best is None or log.metric.better(measured.metric, best.metric) else best

@@ -215,6 +215,7 @@ class Page:
     kind: str  # "race" | "training"
     task: str
     headline: str
+    names: list[str]  # what stands out in the sentences
     metric: Metric
     facts: list[Fact]
     command: str

@@ -3,9 +3,14 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const tip = document.getElementById("tip");
 
-const place = (axis, value) => axis.log
-  ? (value > 0 ? Math.log(value / axis.low) / Math.log(axis.high / axis.low) : -1)
-  : (value - axis.low) / (axis.high - axis.low);
+const place = (axis, value) => {
+  if (axis.flip) { // an accuracy, on the logarithm of its error
+    const inside = Math.min(value, axis.high);
+    return Math.log((1 - axis.low) / (1 - inside)) / Math.log((1 - axis.low) / (1 - axis.high));
+  }
+  if (axis.log) return value > 0 ? Math.log(value / axis.low) / Math.log(axis.high / axis.low) : -1;
+  return (value - axis.low) / (axis.high - axis.low);
+};
 
 const digits = (value) => {
   if (value === 0) return "0";
@@ -25,21 +30,21 @@ function show(text, x, y) {
 
 function hide() {
   tip.hidden = true;
-  document.querySelectorAll(".line.on").forEach((line) => line.classList.remove("on"));
+  document.querySelectorAll(".on").forEach((line) => line.classList.remove("on"));
   document.querySelectorAll(".cursor").forEach((dot) => dot.setAttribute("r", 0));
 }
 
 // The points of a panel's visible lines, as [series, index, x in pixels, y in pixels].
 function visiblePoints(figure, panel, box) {
   const points = [];
-  for (const line of figure.querySelectorAll(".line")) {
+  for (const line of figure.querySelectorAll("[data-i]")) {
     if (getComputedStyle(line).display === "none") continue;
     const series = data.series[line.dataset.i];
     const track = series.tracks[panel.quantity];
     track.values.forEach((raw, i) => {
       if (typeof raw !== "number") return;
       const x = place(panel.x, track[panel.against][i]);
-      const y = 1 - place(panel.y, panel.flip ? 1 - raw : raw);
+      const y = 1 - place(panel.y, raw);
       if (x >= 0 && x <= 1.001 && y >= -0.001 && y <= 1.001) points.push([line, i, x * box.width, y * box.height]);
     });
   }
@@ -50,7 +55,6 @@ function mark(figure, panel, box, [line, i, x, y]) {
   hide();
   const series = data.series[line.dataset.i];
   const track = series.tracks[panel.quantity];
-  const value = panel.flip ? 1 - track.values[i] : track.values[i];
   const at = panel.against === "steps" ? "step " + track.steps[i] : digits(track.seconds[i]) + " s";
   line.classList.add("on");
   const dot = figure.querySelector(".cursor");
@@ -58,7 +62,7 @@ function mark(figure, panel, box, [line, i, x, y]) {
   dot.setAttribute("cx", x);
   dot.setAttribute("cy", y);
   dot.setAttribute("r", 5);
-  show(series.name + "\n" + at + ": " + written(panel.y, value), box.left + x, box.top + y);
+  show(series.name + "\n" + at + ": " + written(panel.y, track.values[i]), box.left + x, box.top + y);
 }
 
 for (const figure of document.querySelectorAll(".panel")) {
