@@ -162,7 +162,7 @@ class Recipe:
 
     def with_(self, **changes: Any) -> "Recipe":
         """The same recipe but for these fields (`steps`, …) or numbers of its chain (`lr`, …)."""
-        own = {item.name for item in fields(self)}
+        own = [item.name for item in fields(self)]
         made = replace(self, **{name: value for name, value in changes.items() if name in own})
         numbers = {name: value for name, value in changes.items() if name not in own}
         for name in numbers:
