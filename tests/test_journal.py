@@ -253,7 +253,7 @@ def test_kill_nine_loses_nothing_that_was_acknowledged(path: Path, sync: str) ->
 @pytest.mark.faults
 @pytest.mark.parametrize("sync", ["sync", "later"])
 def test_kill_nine_many_times(path: Path, sync: str) -> None:
-    for seed in range(50):  # anew, for a journal is read whole at every opening
+    for seed in range(25):  # anew, for a journal is read whole at every opening
         killed_writers(path.with_name(f"{seed}.jsonl"), sync, kills=20, seed=seed)
 
 

@@ -467,8 +467,8 @@ def test_nothing_in_a_recipe_is_run(tmp_path: Path) -> None:
 
 WORDS = [
     *"[]{}=,.\"'\n#-_ 0159\\\0é\u2028",
-    *'nan inf 1e999 true steps part chain [[chain]] lr """ adamw schedule roles norm weight_decay'.split(),
-    '"5 %"',
+    *["nan", "inf", "1e999", "true", "steps", "part", "chain", "[[chain]]", "lr", '"""', "adamw"],
+    *["schedule", "roles", "norm", "weight_decay", '"5 %"'],
     "1" * 30,
 ]
 
@@ -483,10 +483,10 @@ def mutated(generator: random.Random) -> str:
     return text
 
 
-def fuzz(count: int) -> None:
+def test_any_text_is_a_recipe_that_reads_back_or_one_line() -> None:
     generator = random.Random(1)
     right = 0
-    for _ in range(count):
+    for _ in range(10_000):
         text = mutated(generator)
         try:
             recipe = Recipe.parse(text, "x.toml")
@@ -495,13 +495,4 @@ def fuzz(count: int) -> None:
         else:
             assert Recipe.parse(recipe.text()) == recipe, text
             right += 1
-    assert 0.02 * count < right < 0.5 * count
-
-
-def test_any_text_is_a_recipe_that_reads_back_or_one_line() -> None:
-    fuzz(1000)
-
-
-@pytest.mark.faults
-def test_many_texts_are_recipes_that_read_back_or_one_line() -> None:
-    fuzz(10_000)
+    assert 200 < right < 5000
