@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from downslope.errors import UserCodeError
-from downslope.folder import check_name
+from downslope.folder import check_name, disk
 from downslope.journal import Event, Journal
 from downslope.recipe import Recipe
 from downslope.tasks import Task
@@ -153,7 +153,8 @@ def restore(
             break
         except checkpoint.Damaged as error:
             damaged[event["name"]] = str(error)
-    _tidy(folder, {event["name"] for event in saved if event["seq"] <= after}, damaged.keys())
+    kept = [event["name"] for event in saved if event["seq"] <= after][-KEEP:]
+    _tidy(folder, set(kept), damaged.keys())
     state = state or fresh or TrainState(task, recipe, plan.seed, plan.threads)
     return state, after, list(damaged.values())
 
@@ -164,6 +165,7 @@ def _tidy(folder: Path, good: Set[str], damaged: Set[str]) -> None:
         if path.name in damaged:
             aside = path.with_name(f"{path.name}.damaged")
             checkpoint.remove(aside)
-            path.rename(aside)
+            with disk(f"rename {path}"):
+                path.rename(aside)
         elif path.name not in good and not path.name.endswith(".damaged"):
             checkpoint.remove(path)

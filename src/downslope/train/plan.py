@@ -5,10 +5,10 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from downslope.errors import BadInput
@@ -17,6 +17,7 @@ from downslope.recipe import Recipe
 from downslope.tasks import Data, Entry, Task, reopen, size
 from downslope.train.fingerprint import fingerprint
 from downslope.train.order import steps_per_epoch
+from downslope.version import __version__
 
 SCHEMA = 1
 _LARGEST = 2**20
@@ -67,7 +68,7 @@ class Plan:
             threads=torch.get_num_threads(),
             valid_every=valid_every or max(steps // 20, 1),
             save_every=save_every,
-            versions={name: version(name) for name in ("downslope", "torch", "numpy")},
+            versions=_versions(),
         )
 
     @classmethod
@@ -116,9 +117,11 @@ class Plan:
 
     def other_versions(self) -> str:
         """What is not installed as it was when the run began, as a sentence; empty if all is."""
-        now = {name: version(name) for name in self.versions}
+        now = _versions()
         changed = [
-            f"{name} {self.versions[name]} → {now[name]}" for name in now if now[name] != self.versions[name]
+            f"{name} {self.versions.get(name)} → {now[name]}"
+            for name in now
+            if now[name] != self.versions.get(name)
         ]
         return (
             f"The run began with other versions ({', '.join(changed)}): its bits may differ."
@@ -151,6 +154,10 @@ class Plan:
                 "put it back, or train the new recipe into another folder."
             )
         return mine
+
+
+def _versions() -> dict[str, str]:
+    return {"downslope": __version__, "torch": str(torch.__version__), "numpy": np.__version__}
 
 
 def about_data(task: Task) -> dict[str, Any]:

@@ -79,13 +79,15 @@ def verify_resume(
     if type(steps) is not int or steps < 2:
         raise BadInput(f"steps must be a whole number from 2, got {steps!r}.")
     state, half = TrainState(task, recipe, seed), steps // 2
+    hidden = dict(_hidden(state))
     state.advance(half)
     with tempfile.TemporaryDirectory() as place:
         sha = state.save(Path(place, "half"))
         request = {"entry": task.entry.data(), "folder": str(Path(place, "half")), "sha": sha, "until": steps}
         straight = _course(state, steps)
         resumed = _fresh(Path(place), request, timeout)
-    return Proof(steps, half, *_compare(straight, resumed, half))
+    moved = _unequal(hidden, straight["hidden"])
+    return Proof(steps, half, *_compare(straight, resumed, moved))
 
 
 def answer(request: str) -> None:
@@ -109,7 +111,7 @@ def _course(state: TrainState, until: int) -> dict[str, Any]:
 
     data = {f"the {part} data": repr(about) for part, about in about_data(state.task).items()}
     start = {**data, **state.fields()}
-    hidden = dict(_hidden(state.task, state.model))
+    hidden = dict(_hidden(state))
     state.advance(until, seen)
     return {"start": start, "hidden": hidden, "losses": losses, "end": state.fields()}
 
@@ -136,37 +138,39 @@ def _fresh(place: Path, request: Mapping[str, Any], timeout: float) -> dict[str,
 
 
 def _compare(
-    straight: Mapping[str, Any], resumed: Mapping[str, Any], half: int
+    straight: Mapping[str, Any], resumed: Mapping[str, Any], moved: list[str]
 ) -> tuple[tuple[str, ...], str]:
+    """What differs and what to do; `moved` is what the training changed outside its own state."""
     lost = [f"{name} when loaded" for name in _unequal(straight["start"], resumed["start"])]
     later = _unequal(straight["losses"], resumed["losses"])
     later += [f"{name} at the end" for name in _unequal(straight["end"], resumed["end"])]
-    if not lost and not later:
+    differences = (*lost, *later)
+    if not differences:
         return (), ""
-    hidden = _unequal(straight["hidden"], resumed["hidden"])
-    if hidden:
-        name = hidden[0]
-        was, now = (side["hidden"].get(name, "absent") for side in (straight, resumed))
-        hint = (
-            f"{name} was {was} when saved and is {now} when loaded: no checkpoint holds it. Make it a buffer "
-            "of the model, or draw from the global generators of torch, numpy or random."
-        )
-    elif lost and "data" in lost[0]:
+    culprits = [name for name in _unequal(straight["hidden"], resumed["hidden"]) if name in moved]
+    if differences[0].endswith("data when loaded"):
         hint = "The task makes other data each time it is called: seed what it draws."
+    elif culprits:
+        was, now = (side["hidden"].get(culprits[0], "absent") for side in (straight, resumed))
+        hint = (
+            f"{culprits[0]} was {was} when saved and is {now} when loaded: no checkpoint holds it. Make it a "
+            "buffer of the model, or draw from the global generators of torch, numpy or random."
+        )
     else:
         hint = (
             "Look for a generator of your own, a counter outside the buffers, the clock, the order of a set, "
             "or an operation that is not deterministic."
         )
-    return (*lost, *later), hint
+    return differences, hint
 
 
 def _unequal(mine: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
     return [name for name in dict.fromkeys([*mine, *theirs]) if mine.get(name) != theirs.get(name)]
 
 
-def _hidden(task: Task, model: nn.Module) -> Iterator[tuple[str, str]]:
+def _hidden(state: TrainState) -> Iterator[tuple[str, str]]:
     """(where, value) of what may change while training and is in no checkpoint."""
+    task, model = state.task, state.model
     for path, module in model.named_modules():
         own = {name: value for name, value in vars(module).items() if name not in _MODULE}
         where = f"of {path or 'the model'}, a {type(module).__name__}"
@@ -189,9 +193,9 @@ def _texts(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if isinstance(value, bool | int | float) and not name.startswith("__"):
             yield name, repr(value)
         elif isinstance(value, Tensor):
-            yield name, fingerprint(value)
+            yield name, f"a tensor {fingerprint(value)[:8]}"
         elif isinstance(value, _GENERATORS):
-            yield name, _place(value)
+            yield name, f"a generator at {_place(value)[:8]}"
 
 
 def _place(generator: Any) -> str:

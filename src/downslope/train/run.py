@@ -6,6 +6,7 @@ can go on from) and, in the end, `result.json`.
 
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -174,7 +175,9 @@ def _run(path: Path, plan: Plan, task: Task, state: TrainState, ended: Event) ->
 
 
 def _foreign(path: Path) -> list[str]:
-    return sorted(entry.name for entry in path.iterdir() if entry.name not in _OURS)
+    """What is no part of a run, nor what a killed writer of one leaves behind."""
+    names = sorted(entry.name for entry in path.iterdir())
+    return [name for name in names if name not in _OURS and not re.fullmatch(r"\..+\.tmp", name)]
 
 
 def _finite(seen: Evaluation) -> dict[str, float | None]:
