@@ -220,6 +220,18 @@ def test_hostile_words_are_only_words(browser: Browser, tmp_path: Path) -> None:
         assert browser.run("document.getElementById('tip').children.length") == 0
 
 
+def test_it_prints_on_white_paper_without_switches(browser: Browser, race: Path) -> None:
+    browser.open(race, dark=True)
+    theme = {"name": "prefers-color-scheme", "value": "dark"}
+    browser.call("Emulation.setEmulatedMedia", media="print", features=[theme])
+    try:
+        assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        assert painted(browser, ".controls, button") == 0
+        assert painted(browser, "[data-panel=train-steps-log] .line") > 8
+    finally:
+        browser.call("Emulation.setEmulatedMedia", media="")
+
+
 def test_without_javascript_tables_plots_and_switches_are_there(browser: Browser, race: Path) -> None:
     browser.call("Emulation.setScriptExecutionDisabled", value=True)
     try:

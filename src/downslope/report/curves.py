@@ -32,7 +32,8 @@ def quantities(metric: Metric) -> list[Quantity]:
     """What may be shown; a metric that is the loss is not shown twice."""
     found = [Quantity("train", "Training loss"), Quantity("valid", "Validation loss")]
     if metric.name != "loss":
-        found.append(Quantity("metric", f"Validation {metric.name}", metric.percent, flip=metric.percent))
+        title = f"Validation {metric.name}"
+        found.append(Quantity("metric", metric.name.capitalize(), title, metric.percent, flip=metric.percent))
     return found
 
 

@@ -69,7 +69,8 @@ class Quantity:
     """What a panel may show; with `flip` its logarithmic form is that of the error, 1 − value."""
 
     key: str
-    name: str
+    name: str  # on its switch
+    title: str = ""  # over its drawing; the name if empty
     percent: bool = False
     flip: bool = False
     log: bool = True  # a logarithmic form exists
@@ -142,7 +143,7 @@ def panel(
     return Panel(
         key="-".join((quantity.key, against, "log" if log else "linear")),
         name=quantity.name,
-        title=f"{quantity.name}, by the logarithm of its error" if y.flip else quantity.name,
+        title=(quantity.title or quantity.name) + (", by the logarithm of its error" if y.flip else ""),
         quantity=quantity.key,
         against=against,
         x=x,

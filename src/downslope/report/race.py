@@ -53,9 +53,10 @@ def race_page(log: Log, command: str) -> Page:
 def _standings(log: Log) -> Standings | None:
     if not log.rows:
         return None
+    ranks = [row.rank for row in log.rows]
     rows = [
         Row(
-            rank=row.rank,
+            rank=f"{row.rank}{'=' if ranks.count(row.rank) > 1 else ''}",
             name=row.name,
             hue=log.hue(row.trial) if row.trial in log.candidates else 0,
             mean=row.metric,

@@ -10,7 +10,7 @@ from pathlib import Path
 from downslope import journal
 from downslope.errors import BadInput
 from downslope.folder import read_file, write_file
-from downslope.report.events import LARGEST_JSON, Standings, parse_json
+from downslope.report.events import LARGEST_JSON, Plan, Standings, parse_json
 from downslope.report.html import render
 from downslope.report.log import Log, read_log
 from downslope.report.race import race_page
@@ -47,8 +47,14 @@ def _page(folder: Path, path: Path) -> Page:
     log.wall = float(events[-1]["time"])
     if log.sealed is not None:
         log.standings = _standings(folder / "standings.json", log)
-    words = ["downslope", "race", log.plan.task, "--budget", log.plan.budget, "--seeds", str(log.plan.seeds)]
-    return race_page(log, redact(shlex.join(words)))
+    return race_page(log, redact(shlex.join(_command(log.plan))))
+
+
+def _command(plan: Plan) -> list[str]:
+    """What was typed, or means the same; the user's own recipes are files whose names nobody noted."""
+    own = ["--recipe", "YOURS.toml"] if any(trial.origin == "given" for trial in plan.trials) else []
+    seed = ["--seed", str(plan.seed)] if plan.seed else []
+    return ["downslope", "race", plan.task, "--budget", plan.budget, "--seeds", str(plan.seeds), *seed, *own]
 
 
 def _standings(path: Path, log: Log) -> Standings:

@@ -11,7 +11,7 @@ from pathlib import Path
 from downslope.folder import read_file
 from downslope.journal import Event
 from downslope.report import events as ev
-from downslope.report.curves import quantities
+from downslope.report.curves import SMOOTH, quantities
 from downslope.report.plot import Quantity, Series, Track, panel, panels
 from downslope.report.text import duration, number, plural, redact
 from downslope.report.view import Curves, Fact, Legend, Metric, Page, Recipe, Schedule
@@ -70,6 +70,7 @@ def training_page(events: Iterable[Event], folder: Path) -> Page:
     series = _series(log)
     skips = _skips(log)
     loss, *others = quantities(log.metric)
+    legend = [Legend(s.name, s.hue) for s in series if not s.faint]
     drawn = panels(series, [replace(loss, name="Loss"), *(q for q in others if q.key == "metric")], skips)
     schedule = [panel(series, RATE, "steps", False, skips)] if any("rate" in s.tracks for s in series) else []
     return Page(
@@ -84,23 +85,26 @@ def training_page(events: Iterable[Event], folder: Path) -> Page:
         highlights=_highlights(log),
         notes=_notes(log),
         series=series,
-        curves=Curves("", drawn, [Legend(s.name, s.hue) for s in series]) if drawn else None,
+        curves=Curves(_LEAD, drawn, legend, "every batch") if drawn else None,
         schedule=Schedule("The rate that every applied update used.", schedule) if schedule else None,
         recipe=_recipe(log, folder / "recipe.toml"),
     )
 
 
 _COMMAND = ("downslope", "train", "--recipe", "recipe.toml")
+_LEAD = f"Training loss is a running mean over {100 * SMOOTH:g} % of the training; every batch is behind it."
 RATE = Quantity("rate", "Learning rate", log=False)
 
 
 def _series(log: Log) -> list[Series]:
-    """Two lines: what was measured while training, and in validation."""
-    training, validation = {}, {}
+    """Each batch in the background; its running mean, the validation and the learning rate over it."""
+    batches, training, validation = {}, {}, {}
     if log.steps:
         at = tuple(float(s.step) for s in log.steps)
         clock = tuple(s.seconds for s in log.steps)
-        training["train"] = Track(at, clock, tuple(s.loss for s in log.steps)).thinned(POINTS)
+        losses = Track(at, clock, tuple(s.loss for s in log.steps))
+        batches["train"] = losses.thinned(POINTS)
+        training["train"] = losses.smooth(SMOOTH * max(log.start.steps, log.last_step)).thinned(POINTS)
         if any(s.lr is not None for s in log.steps):
             rates = tuple(math.nan if s.lr is None else s.lr for s in log.steps)
             training["rate"] = Track(at, clock, rates).thinned(POINTS)
@@ -109,8 +113,12 @@ def _series(log: Log) -> list[Series]:
         clock = tuple(v.seconds for v in log.valid)
         validation["train"] = Track(at, clock, tuple(v.loss for v in log.valid)).thinned(POINTS)
         validation["metric"] = Track(at, clock, tuple(v.metric for v in log.valid)).thinned(POINTS)
-    both = [Series("training", 0, training), Series("validation", 1, validation)]
-    return [series for series in both if series.tracks]
+    drawn = [
+        Series("one batch", 0, batches, faint=True),
+        Series("training", 0, training),
+        Series("validation", 1, validation),
+    ]
+    return [series for series in drawn if series.tracks]
 
 
 def _skips(log: Log) -> list[Track]:

@@ -72,7 +72,7 @@ class Fact:
 class Row:
     """One line of the standings; differences are paired by seed, and negative is worse than the winner."""
 
-    rank: int
+    rank: str
     name: str
     hue: int
     mean: float | None
