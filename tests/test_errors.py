@@ -1,12 +1,27 @@
 import pytest
 
-from downslope.errors import BadInput, DownslopeError, UserCodeError, nearest
+from downslope.errors import BadInput, DownslopeError, UserCodeError, nearest, under
 
 
 def test_bad_input_is_a_value_error_and_ours() -> None:
     assert issubclass(BadInput, ValueError)
     assert issubclass(BadInput, DownslopeError)
     assert not issubclass(UserCodeError, ValueError)
+
+
+def test_bad_input_stays_on_one_line_whatever_was_given() -> None:
+    assert str(BadInput("no file 'a\nb\x1b[31m\u2028\u202eé–'.")) == r"no file 'a\nb\x1b[31m\u2028\u202eé–'."
+
+
+def test_bad_input_knows_its_key() -> None:
+    assert BadInput("x").key == ()
+    with pytest.raises(BadInput) as caught, under("chain", 1), under("lr"):
+        raise BadInput("x", key=("peak",))
+    assert caught.value.key == ("chain", 1, "lr", "peak")
+
+
+def test_nothing_is_suggested_for_what_nobody_meant() -> None:
+    assert nearest("momentum" * 50_000, ["momentum"]) == ""
 
 
 def test_exit_codes_tell_whose_fault_it_is() -> None:

@@ -242,6 +242,19 @@ def test_what_we_make_is_for_its_owner_alone(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("path", ["a\0b", "a\ud800b", "", "/", ".", "a" * 300, "nothing/a", "a\nb/c"])
+def test_paths_that_name_no_file_are_one_sentence(path: str) -> None:
+    for use in (
+        read_file,
+        lambda p: write_file(p, b""),
+        lambda p: write_folder(p, {}),
+        lambda p: Lock(p, f"{p}"),
+    ):
+        with pytest.raises(BadInput, match=r"^cannot (read|write|lock) ") as caught:
+            use(path)
+        assert "\n" not in str(caught.value)
+
+
 # Run folders
 
 

@@ -18,7 +18,8 @@ class DownslopeError(Exception):
 class BadInput(DownslopeError, ValueError):  # noqa: N818  the sentence reads "bad input: …"
     """The input is wrong: one sentence saying what was given, what is allowed, and the nearest right thing.
 
-    `key` is the path to the culprit inside what was given, where that is known: a file turns it into a line.
+    It stays on one line whatever was given: characters that do not print are shown as escapes. `key` is the
+    path to the culprit inside what was given, where that is known: a file turns it into a line.
 
     >>> raise BadInput("lr must be at least 0, got -0.1.")
     Traceback (most recent call last):
@@ -28,7 +29,7 @@ class BadInput(DownslopeError, ValueError):  # noqa: N818  the sentence reads "b
     exit_code = 2
 
     def __init__(self, sentence: str, *, key: tuple[str | int, ...] = ()) -> None:
-        super().__init__(sentence)
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in sentence))
         self.key = key
 
 

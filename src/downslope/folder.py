@@ -44,8 +44,12 @@ def disk(doing: str) -> Iterator[None]:
     """Whatever the system refuses inside becomes BadInput: "cannot `doing`: No space left on device."."""
     try:
         yield
+    except BadInput:
+        raise
     except OSError as error:
         raise BadInput(f"cannot {doing}: {error.strerror or error}.") from error
+    except ValueError as error:  # a path with a NUL in it, or with half a character
+        raise BadInput(f"cannot {doing}: {error}.") from error
 
 
 def read_file(path: str | os.PathLike[str], limit: int | None = None) -> bytes:
@@ -214,6 +218,8 @@ class RunFolder:
 
 
 def _beside(path: Path) -> Path:
+    if not path.name:
+        raise BadInput(f"cannot write {path}: it names no file.")
     return path.with_name(f".{path.name}.{token_hex(8)}.tmp")
 
 
