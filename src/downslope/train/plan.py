@@ -133,9 +133,7 @@ class Plan:
         """The task of the run, found again unless given; BadInput if its code or its data have changed."""
         if task is None:
             if self.entry is None:
-                raise BadInput(
-                    f"the task {self.task!r} is known to the program that made it only: give it as task=."
-                )
+                raise BadInput(f"only the program that made the task {self.task!r} has it: give it as task=.")
             task = reopen(Entry.from_data(self.entry), allow_code_change)
         if not allow_code_change and (now := about_data(task)) != self.data:
             part = next(part for part in self.data if self.data[part] != now[part])

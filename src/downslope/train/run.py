@@ -96,7 +96,7 @@ def train(
     fresh = None if begun else TrainState(task, recipe, seed, plan.threads)
     with RunFolder(out) as folder:
         if (path / "run.json").exists():
-            begun_as = Plan.read(path)
+            begun_as = _plan(path)
             begun_as.same(plan, out)
             return _go_on(folder, begun_as, task, begun_as.find_recipe(out), quiet)
         folder.write("recipe.toml", plan.recipe.encode())
@@ -117,7 +117,7 @@ def resume(
     data or task file are not those it began with; `allow_code_change` accepts the latter two.
     """
     path = Path(out)
-    plan = Plan.read(path)
+    plan = _plan(path)
     recipe = plan.find_recipe(path)
     task = plan.find_task(task, allow_code_change)
     with RunFolder(path) as folder:
@@ -133,8 +133,6 @@ def _go_on(
     show = Show(plan.task, plan.steps, task.metric_name, quiet)
     with Journal.open(path / "journal.jsonl") as journal, show:
         past = history(read(journal.path))
-        if past and past[0].get("plan") != plan.sha:
-            raise BadInput(f"{path}/run.json is not what the run's journal says it is: changed or damaged.")
         if versions := plan.other_versions():
             show.say(versions)
         state, after, damaged = restore(plan, task, recipe, path / "ckpt", past, fresh)
@@ -150,6 +148,15 @@ def _go_on(
             past = [event for event in past if event["seq"] <= after]
             ended = _finish(folder, Loop(state, plan, journal, past, show))
     return _run(path, plan, task, state, ended)
+
+
+def _plan(path: Path) -> Plan:
+    """The plan in a run's folder, which must be the one that its journal began with."""
+    plan, journal = Plan.read(path), path / "journal.jsonl"
+    events = read(journal) if journal.exists() else []
+    if events and events[0].get("plan") != plan.sha:
+        raise BadInput(f"{path}/run.json is not what the run's journal says it is: changed or damaged.")
+    return plan
 
 
 def _start(plan: Plan, task: Task, recipe: Recipe) -> dict[str, Any]:

@@ -132,7 +132,10 @@ class TrainState:
         with self._inside():
             while self.step < goal:
                 attempt = self._attempt()
-                if (on_step is not None and on_step(attempt)) and not attempt.skipped:
+                pause = on_step is not None and on_step(attempt)
+                if self.step == attempt.step:
+                    self._check_progress(attempt.skipped)
+                elif pause:
                     break
 
     def evaluate(self, part: str = "valid") -> Evaluation:
@@ -231,8 +234,6 @@ class TrainState:
         self.batches += 1
         skipped = self.optimizer.skipped.names if self.optimizer.skipped else ()
         self.skips_in_a_row = self.skips_in_a_row + 1 if skipped else 0
-        if self.step == step:
-            self._check_progress(skipped)
         return Attempt(step, loss.detach(), lr, skipped)
 
     def _check_progress(self, skipped: tuple[str, ...]) -> None:
