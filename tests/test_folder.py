@@ -281,12 +281,21 @@ def test_a_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest
 
 def test_what_a_killed_writer_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
     keep = [".git", ".a.tmp", "b.0123456789abcdef.tmp", ".c.0123456789abcdeg.tmp", "result.json"]
-    for name in [*keep, ".result.json.0123456789abcdef.tmp"]:
-        (tmp_path / name).write_text("x")
-    (tmp_path / ".step-1.0123456789abcdef.tmp").mkdir()
-    (tmp_path / ".step-1.0123456789abcdef.tmp" / "model.safetensors").write_text("x")
+    for folder in (tmp_path, tmp_path / "ckpt"):
+        folder.mkdir(exist_ok=True)
+        for name in [*keep, ".result.json.0123456789abcdef.tmp"]:
+            (folder / name).write_text("x")
+        (folder / ".step-1.0123456789abcdef.tmp").mkdir()
+        (folder / ".step-1.0123456789abcdef.tmp" / "model.safetensors").write_text("x")
+    (tmp_path / ".link.0123456789abcdef.tmp").symlink_to(tmp_path / "ckpt")
     with RunFolder(tmp_path):
-        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*keep, "run.lock"])
+        assert {path.name for path in (tmp_path / "ckpt").iterdir()} == {*keep}
+        assert {path.name for path in tmp_path.iterdir()} == {
+            *keep,
+            "ckpt",
+            "run.lock",
+            ".link.0123456789abcdef.tmp",
+        }
 
 
 HOLD = """

@@ -150,9 +150,10 @@ def test_a_last_block_that_is_doubled_empty_or_noise_is_dropped(path: Path) -> N
         assert bare(read(path)) == first(7)
 
 
-def test_a_lost_or_swapped_line_in_the_middle_is_refused(path: Path) -> None:
+def test_a_lost_swapped_or_foreign_line_in_the_middle_is_refused(path: Path) -> None:
     lines = written(path).splitlines(keepends=True)
-    for damaged in (lines[:2] + lines[3:], [*lines[:2], lines[3], lines[2], *lines[4:]], lines[1:]):
+    foreign = [[*lines[:2], noise, *lines[2:]] for noise in (b"noise", b"noise\n", b"\n", lines[0])]
+    for damaged in (lines[:2] + lines[3:], [*lines[:2], lines[3], lines[2], *lines[4:]], lines[1:], *foreign):
         path.write_bytes(b"".join(damaged))
         with pytest.raises(BadInput, match="is damaged at byte"):
             read(path)

@@ -198,9 +198,11 @@ class RunFolder:
                     f"cannot write the folder {path}: everybody may write there; `chmod o-w` it first."
                 )
             self._lock = Lock(self.path / "run.lock", f"the folder {path}")
-            for entry in list(self.path.iterdir()):
-                if _LITTER.fullmatch(entry.name):
-                    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            for folder, folders, files in os.walk(self.path):
+                for name in filter(_LITTER.fullmatch, folders):
+                    shutil.rmtree(Path(folder, name), ignore_errors=True)
+                for name in filter(_LITTER.fullmatch, files):
+                    Path(folder, name).unlink(missing_ok=True)
 
     def write(self, name: str, data: bytes) -> None:
         """Put a file into the folder, durably and whole or not at all."""

@@ -40,6 +40,13 @@ class Difference(NamedTuple):
         return f"{self.key}: {mine} → {theirs}"
 
 
+class Differences(list[Difference]):
+    """All choices in which two recipes differ; prints one a line."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self))
+
+
 @dataclass(frozen=True, eq=False)
 class Recipe:
     """Every optimisation choice of one training; frozen, equal by content, hashable. Raises BadInput.
@@ -149,16 +156,16 @@ class Recipe:
         text = json.dumps(self.data(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def diff(self, other: "Recipe") -> list[Difference]:
-        """What differs, as (key, mine, theirs); each prints as one line.
+    def diff(self, other: "Recipe") -> Differences:
+        """What differs, as (key, mine, theirs); prints one difference a line.
 
         >>> import downslope as ds
         >>> recipe = ds.Recipe(ds.chain(ds.adamw(lr=1e-3)), steps=100, batch_size=64)
-        >>> print(*recipe.diff(recipe.with_(lr=3e-3, steps=200)), sep="\\n")
+        >>> print(recipe.diff(recipe.with_(lr=3e-3, steps=200)))
         steps: 100 → 200
         adamw.lr: 0.001 → 0.003
         """
-        return list(_differences("", self._outline(), other._outline()))
+        return Differences(_differences("", self._outline(), other._outline()))
 
     def with_(self, **changes: Any) -> "Recipe":
         """The same recipe but for these fields (`steps`, …) or numbers of its chain (`lr`, …)."""
