@@ -9,6 +9,7 @@ from downslope.dropin import SGD, Adagrad, Adam, AdamW, Lion, Momentum, Nesterov
 from downslope.errors import BadInput, DownslopeError, UserCodeError
 from downslope.groups import groups
 from downslope.optimizer import Optimizer
+from downslope.race import Standings, race
 from downslope.recipe import Recipe
 from downslope.rules import Chain, Part, Rule, Slot, Step, chain, link, links, rule, rules
 from downslope.rules.catalogue import (
@@ -50,6 +51,7 @@ __all__ = [
     "Run",
     "Schedule",
     "Slot",
+    "Standings",
     "Step",
     "Task",
     "TrainState",
@@ -78,6 +80,7 @@ __all__ = [
     "losses",
     "momentum",
     "nesterov",
+    "race",
     "resume",
     "rmsprop",
     "rmsprop_centered",

@@ -90,17 +90,26 @@ def test_what_is_not_finite_never_wins(bad, field, higher):
     sick, sound = Verdict.of(event), Verdict("ok", metric=0.0 if higher else 1e9, loss=1e9)
     assert sick.outcome == "diverged"
     assert sound.key(higher) < sick.key(higher)
+    assert sound.judged(higher) < sick.judged(higher)
 
 
-def test_the_loss_parts_equal_metrics_and_the_number_parts_equal_losses():
+def test_a_rung_is_judged_by_the_loss_then_the_metric_then_the_number():
     race = synthetic.plan(rates=1)
     record = Record.of([race])
     judged(record, 0, dict.fromkeys(range(8), 0.9))
     assert decide(record).cuts[0].order == tuple(range(8))
     record = Record.of([race])
-    judged(record, 0, {5: 0.9}, loss=0.05)
+    judged(record, 0, {5: 0.8}, loss=0.05)
+    judged(record, 0, {6: 0.95})
     judged(record, 0, dict.fromkeys(range(8), 0.9))
-    assert decide(record).cuts[0].order == (5, 0, 1, 2, 3, 4, 6, 7)
+    assert decide(record).cuts[0].order == (5, 6, 0, 1, 2, 3, 4, 7)
+
+
+def test_finals_are_judged_by_the_metric_then_the_loss():
+    fine, good = Verdict("ok", metric=0.9, loss=0.1), Verdict("ok", metric=0.91, loss=0.3)
+    assert fine.judged(True) < good.judged(True)
+    assert good.key(True) < fine.key(True)
+    assert fine.key(False) < good.key(False)
 
 
 def test_a_second_verdict_on_one_job_changes_nothing():

@@ -20,11 +20,8 @@ def finished(verdicts, **more):
 
     def verdict(job):
         metric = verdicts(job)
-        return {
-            "outcome": "ok" if math.isfinite(metric) else "diverged",
-            "metric": metric,
-            "loss": 1 - metric,
-        }
+        loss = 1 - metric if race["higher_is_better"] else metric
+        return {"outcome": "ok" if math.isfinite(metric) else "diverged", "metric": metric, "loss": loss}
 
     return Record.of(synthetic.run(race, verdict))
 

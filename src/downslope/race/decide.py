@@ -65,7 +65,7 @@ def rank(record: Record, rung: int, trials: Iterable[int]) -> tuple[int, ...]:
     assert record.plan is not None
     higher = record.plan["higher_is_better"]
     return tuple(
-        sorted(trials, key=lambda trial: (*record.verdicts[Job(rung, None, trial)].key(higher), trial))
+        sorted(trials, key=lambda trial: (*record.verdicts[Job(rung, None, trial)].judged(higher), trial))
     )
 
 

@@ -96,18 +96,26 @@ class Verdict:
             "ok" if sound else "diverged", **numbers, reason=None if sound else "the loss is not finite"
         )
 
-    def key(self, higher_is_better: bool) -> tuple[int, float, float]:
-        """Smaller is better: sound before diverged before failed; then the metric, then the loss on the
-        same samples.
+    def judged(self, higher_is_better: bool) -> tuple[int, float, float]:
+        """The order of a rung, smaller is better: sound before diverged before failed, then the loss, then
+        the metric.
 
-        The metric judges because it is what the task asks for. On a small validation part it is coarse and
-        ties are common; the loss, which is finer, parts those. It does not judge alone: a confident
-        network's loss rises while it still learns to classify better, so a ranking by loss would favour
-        timid rates.
+        In the search one seed must tell dozens of recipes apart. On a small validation part the metric
+        cannot: it moves in steps of one sample, and its noise is that of a few samples near the border. The
+        loss weighs every sample. `benchmarks/judge.py` measures which of the two foretells the metric of
+        other seeds better.
         """
         if self.outcome != "ok":
             return (1 if self.outcome == "diverged" else 2, 0.0, 0.0)
-        return (0, -self.metric if higher_is_better else self.metric, self.loss)
+        return (0, self.loss, -self.metric if higher_is_better else self.metric)
+
+    def key(self, higher_is_better: bool) -> tuple[int, float, float]:
+        """The order of the finals: sound before diverged before failed, then the metric, then the loss.
+
+        The metric is what the task asks for, and with several seeds there is enough of it.
+        """
+        rank, loss, metric = self.judged(higher_is_better)
+        return (rank, metric, loss)
 
 
 @dataclass

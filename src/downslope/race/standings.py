@@ -128,20 +128,19 @@ class Standings:
             ) from None
 
     def __str__(self) -> str:
-        lines = [f"{'':>4} {'recipe':<34} {self.metric:>9} {'to the winner':>25} {'test':>8}  stage"]
+        """A table: finalists by their means over seeds, the others by the loss they were judged by."""
+        gap = "difference to the winner"
+        lines = [f"{'':>4} {'recipe':<28} {self.metric:>9} {gap:>28} {'loss':>8} {'test':>7}  reached"]
         for row in self.rows:
             rank = f"{row.rank}{'=' if row.tied else ''}"
-            numbers = f"{_text(row.metric):>9} {_interval(row):>25} {_text(row.test_metric):>8}"
-            lines.append(
-                f"{rank:>4} {row.name:<34} {numbers}  {row.stage if row.status == 'ok' else row.status}"
-            )
+            numbers = f"{_text(row.metric):>9} {_interval(row):>28} {_text(row.loss):>8}"
+            reached = row.stage if row.status == "ok" else f"{row.stage}, {row.status}"
+            lines.append(f"{rank:>4} {row.name:<28} {numbers} {_text(row.test_metric):>7}  {reached}")
         return "\n".join(lines)
 
 
 def standings(record: Record) -> Standings:
-    """The standings of a record whose race is finished. Errors: BadInput if it is not, or if every finalist
-    failed.
-    """
+    """The standings of a finished race. Errors: BadInput if it is not finished, or every finalist failed."""
     decision = decide(record) if record.plan else None
     if record.plan is None or decision is None or not decision.finished:
         raise BadInput("The race is not finished: the same command again goes on with it.")
@@ -232,7 +231,7 @@ def _others(record: Record, decision: Decision) -> list[Row]:
         left = [trial for trial in cut.order if trial not in seen]
         seen.update(left)
         verdicts = [record.verdicts[Job(cut.rung, None, trial)] for trial in left]
-        keys = [verdict.key(record.plan["higher_is_better"]) for verdict in verdicts]
+        keys = [verdict.judged(record.plan["higher_is_better"]) for verdict in verdicts]
         first = len(decision.finalists) + len(rows)
         for place, (trial, verdict, key) in enumerate(zip(left, verdicts, keys, strict=True)):
             tied = verdict.outcome == "ok" and keys.count(key) > 1
@@ -279,7 +278,7 @@ def _finite(value: float) -> float | None:
 
 
 def _text(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+    return "" if value is None else f"{value:.4f}" if abs(value) < 1000 else f"{value:.1e}"
 
 
 def _interval(row: Row) -> str:
