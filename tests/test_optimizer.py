@@ -544,3 +544,11 @@ def test_asking_for_the_state_changes_nothing() -> None:
     assert {int(slots["t"]) for slots in optimizer.state_dict()["state"].values()} == {4}
     assert {int(slots["t"]) for slots in early["state"].values()} == {2}
     assert [int(optimizer.state[p]["t"]) for p in model.parameters()] == [4] * 5
+
+
+def test_a_profiler_sees_the_step() -> None:
+    model = model_of()
+    optimizer = ds.AdamW(model.parameters())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        train(model, optimizer, 1)
+    assert "Optimizer.step#AdamW.step" in {event.key for event in profile.key_averages()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from operator import is_not, itemgetter
@@ -11,6 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch._C._autograd import _profiler_enabled
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from downslope.errors import BadInput, nearest
 from downslope.kernels.eager import initial
@@ -105,6 +108,20 @@ class Optimizer(torch.optim.Optimizer):
         check(number, number.split(".")[-1], value, self._settings[number])
         for group, following in zip(self.param_groups, self._following, strict=True):
             _follow(following, group, number, value)
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """torch's wrapper of `step`, with its hooks and profiler label, where anybody listens to them."""
+        listened = torch.optim.Optimizer.profile_hook_step(func)
+
+        @functools.wraps(func)
+        def step(self: Optimizer, *args: Any, **keywords: Any) -> Any:
+            hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+            if hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks or _profiler_enabled():
+                return listened(self, *args, **keywords)
+            return func(self, *args, **keywords)
+
+        return step
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -248,7 +265,7 @@ class Optimizer(torch.optim.Optimizer):
         self._seen: list[tuple[float, ...]] = []
 
     def _replaced(self) -> bool:
-        """Whether someone put another tensor into the state. Asked at every step, so it only compares identities."""
+        """Whether someone put another tensor into the state. Asked at every step: identities only."""
         if len(self.state) != len(self._entries) or any(map(is_not, self.state.values(), self._entries)):
             return True
         return any(

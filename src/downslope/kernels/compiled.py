@@ -54,6 +54,17 @@ def pointer(typing_context, address):  # type: ignore[no-untyped-def]
     return numba_types.voidptr(numba_types.int64), generate
 
 
+@intrinsic
+def claim(typing_context, address, count):  # type: ignore[no-untyped-def]
+    """Add `count` to the number at `address`, in one step that no thread can split; what it was before."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        number = builder.inttoptr(arguments[0], arguments[1].type.as_pointer())
+        return builder.atomic_rmw("add", number, arguments[1], "monotonic")
+
+    return numba_types.int64(numba_types.uintp, numba_types.int64), generate
+
+
 _caching = False
 
 

@@ -60,6 +60,7 @@ class Update:
         if unsupported is not None:
             raise BadInput(f"{program.name}: no executor has {unsupported.word_name!r} yet.")
         self.inputs = [node for node in program.nodes if node.word_name in ("number", "t", "step", "count")]
+        self.places = {key: place for place, key in enumerate(program.numbers)}
         self.constants = constants(program.nodes)
         self.orders = [scalars(stage.scalars) for stage in program.stages]
         members: dict[Any, list[int]] = {}
@@ -83,7 +84,7 @@ class Update:
         return any(bucket.stale() for bucket in self.buckets)
 
     def gather(self) -> NDArray[np.bool_]:
-        """Look up this step's gradients; which parameters have one. Raises BadInput for a sparse one, by name."""
+        """Look up this step's gradients; which parameters have one. A sparse one is refused by name."""
         active = np.zeros(len(self.sizes), dtype=bool)
         for bucket in self.buckets:
             try:
@@ -135,7 +136,7 @@ class Update:
         known: dict[Node, Any] = dict(self.constants)
         for node in self.inputs:
             if node.word_name == "number":
-                known[node] = numbers[self.program.numbers.index(node.payload)]
+                known[node] = numbers[self.places[node.payload]]
             elif node.word_name == "t":
                 known[node] = t.astype(np.float64)
             elif node.word_name == "step":

@@ -33,8 +33,8 @@ class Chain:
     def __post_init__(self) -> None:
         rules = [part for part in self.parts if part.rule.kind == "rule"]
         if not rules:
-            names = ", ".join(part.name for part in self.parts) or "nothing"
-            raise BadInput(f"a chain needs a rule, such as sgd() or adamw(); only {names} was given.")
+            given = ", ".join(part.name for part in self.parts) or "nothing"
+            raise BadInput(f"a chain needs a rule, such as sgd() or adamw(); only {given} was given.")
         if sum("lr" in part.given for part in rules) > 1:
             raise BadInput("a chain has one learning rate; lr was given to more than one of its rules.")
         if any(part.rule.gradients != 1 or part.rule.every != 1 for part in self.parts):

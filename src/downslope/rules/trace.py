@@ -239,12 +239,12 @@ def _reach(roots: Iterable[Node], inside: Any = lambda node: True) -> list[Node]
 
 
 def scalars(nodes: Iterable[Node]) -> list[Node]:
-    """Add the values of scalar nodes to `known`, which holds the leaves; in float64, one entry a parameter."""
+    """The scalar nodes that `nodes` need, operands first, down to inputs, constants and reductions."""
     return _reach(nodes, lambda node: node.kind < Class.LINE and node.word_name not in REDUCTIONS)
 
 
 def fold(order: Iterable[Node], known: dict[Node, Any]) -> None:
-    """Add the values of scalar nodes to `known`, which holds the leaves; in float64, one entry a parameter."""
+    """Add the values of scalar nodes to `known`, which holds the leaves: float64, one entry a parameter."""
     with np.errstate(all="ignore"):
         for node in order:
             if node not in known:
