@@ -3,9 +3,14 @@
 import base64
 import hashlib
 import json
+import math
 import re
+import zlib
+from collections import Counter
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,7 +18,7 @@ from hypothesis import strategies as st
 from report.made_up import Race, training
 
 from downslope.errors import BadInput
-from downslope.journal import Journal
+from downslope.journal import Journal, read
 from downslope.report import report
 from downslope.report.text import visible
 
@@ -373,3 +378,107 @@ def test_a_page_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> 
 def test_the_same_journal_gives_the_same_bytes(tmp_path: Path) -> None:
     Race(tmp_path)
     assert page(tmp_path) == page(tmp_path)
+
+
+NUMBERS = st.integers() | st.floats() | st.sampled_from([10**400, -1, 2**63])
+STRANGE = st.sampled_from([[], {}, [[1]], {"a": 1}]) | st.recursive(
+    st.none() | st.booleans() | NUMBERS | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+def leaves(value: object, path: tuple[object, ...] = ()) -> Iterator[tuple[object, ...]]:
+    """The places inside plain data, tables and lists themselves included."""
+    yield path
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from leaves(inner, (*path, key))
+    elif isinstance(value, list):
+        for i, inner in enumerate(value[:2]):
+            yield from leaves(inner, (*path, i))
+
+
+def put(value: Any, path: tuple[Any, ...], strange: object) -> Any:
+    """The same data with something else in one place."""
+    if not path:
+        return strange
+    changed = value.copy()
+    changed[path[0]] = put(value[path[0]], path[1:], strange)
+    return changed
+
+
+@pytest.fixture(scope="module", params=["race", "training"])
+def events(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """A short journal in which every kind of event is."""
+    folder = tmp_path_factory.mktemp("whole")
+    if request.param == "race":
+        Race(folder)
+    else:
+        training(folder, steps=62)
+    kinds: Counter[str] = Counter()
+    few = []
+    for event in read(folder / "journal.jsonl"):
+        kinds[event["kind"]] += 1
+        if kinds[event["kind"]] < 4 and event["kind"] != "end":
+            few.append(event)
+    return few
+
+
+def test_strange_data_gives_a_page_or_one_clear_sentence(events: list[Any], tmp_path: Path) -> None:
+    places = [
+        [(i, path) for path in leaves(event) if path and path != ("seq",)] for i, event in enumerate(events)
+    ]
+
+    @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @given(st.sampled_from(places).flatmap(st.sampled_from), STRANGE)
+    def attempt(place: tuple[int, tuple[object, ...]], strange: object) -> None:
+        i, path = place
+        changed = [*events[:i], put(events[i], path, strange), *events[i + 1 :]]
+        lines = [
+            json.dumps(
+                {"seq": seq, **plain({k: v for k, v in event.items() if k != "seq"})}, separators=(",", ":")
+            )
+            for seq, event in enumerate(changed)
+        ]
+        texts = [b"%08x %s\n" % (zlib.crc32(line.encode()), line.encode()) for line in lines]
+        (tmp_path / "journal.jsonl").write_bytes(b"".join(texts))
+        page_or_sentence(tmp_path)
+
+    attempt()
+
+
+def test_strange_standings_give_a_page_or_one_clear_sentence(tmp_path: Path) -> None:
+    Race(tmp_path)
+    path = tmp_path / "standings.json"
+    whole = json.loads(path.read_bytes())
+    journal = (tmp_path / "journal.jsonl").read_bytes()
+
+    @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @given(st.sampled_from(list(leaves(whole))), STRANGE)
+    def attempt(place: tuple[object, ...], strange: object) -> None:
+        data = json.dumps(put(whole, place, strange)).encode()
+        path.write_bytes(data)
+        (tmp_path / "journal.jsonl").write_bytes(journal)
+        with Journal.open(tmp_path / "journal.jsonl") as sealed:
+            sealed.append("end", sync=False, standings=hashlib.sha256(data).hexdigest())
+        page_or_sentence(tmp_path)
+
+    attempt()
+
+
+def page_or_sentence(folder: Path) -> None:
+    try:
+        html = page(folder)
+    except BadInput as error:
+        html, sentence = "", str(error)
+    assert check(html) if html else "\n" not in sentence
+
+
+def plain(value: Any) -> Any:
+    """As the journal writes it: JSON has no NaN."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": repr(value)}
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -25,6 +25,10 @@ Words = Annotated[str, AfterValidator(clip)]
 """A name or a sentence; a page has no room for more than the beginning of a long one."""
 
 
+Count = Annotated[int, Field(ge=0, le=10**15)]
+"""A number of steps, seeds or items, or the place of something in a list."""
+
+
 def _share(value: object) -> object:
     """A part of the whole as text, "1/4", is exact; anything else is left for the check to refuse."""
     try:
@@ -48,29 +52,29 @@ R = TypeVar("R", bound=Record)
 class Candidate(Record):
     """One distinct recipe of a race; `names` has several entries where two names had one recipe."""
 
-    trial: int
+    trial: Count
     names: tuple[Words, ...] = Field(min_length=1)
     rule: Words
     lr: float | None = None
     origin: str = "grid"
-    steps: int = Field(gt=0)
+    steps: Count = Field(gt=0)
     recipe: str = ""
 
 
 class Rung(Record):
     """A place where all runners are judged: at `fraction` of a full training."""
 
-    rung: int
+    rung: Count
     fraction: Share
-    runners: int = 0
+    runners: Count = 0
 
 
 class Sizes(Record):
     """How many items each part of the data has."""
 
-    train: int
-    valid: int
-    test: int | None = None
+    train: Count
+    valid: Count
+    test: Count | None = None
 
 
 class Plan(Record):
@@ -82,11 +86,11 @@ class Plan(Record):
     higher_is_better: bool
     target: float | None = None
     sizes: Sizes | None = None
-    seed: int = 0
-    seeds: int = 1
+    seed: Count = 0
+    seeds: Count = 1
     budget: Words = ""
     versions: dict[Words, Words] = Field(default_factory=dict)
-    baseline: int | None = None
+    baseline: Count | None = None
     rungs: tuple[Rung, ...] = ()
     trials: tuple[Candidate, ...] = ()
 
@@ -102,7 +106,7 @@ class Curve(Record):
 class Measured(Record):
     """A validation: the mean over the whole part, after `step` applied updates."""
 
-    step: int
+    step: Count
     loss: Number
     metric: Number
     seconds: Number = math.nan
@@ -111,10 +115,10 @@ class Measured(Record):
 class Segment(Record):
     """A durable piece of one trial's training."""
 
-    trial: int
+    trial: Count
     run: Literal["trunk", "branch", "final"]
-    repeat: int | None = None
-    end: int
+    repeat: Count | None = None
+    end: Count
     curve: Curve = Curve()
     valid: Measured | None = None
 
@@ -122,29 +126,29 @@ class Segment(Record):
 class Judged(Measured):
     """A trial's value at a rung, read off at the end of its cooldown branch."""
 
-    trial: int
-    rung: int
+    trial: Count
+    rung: Count
     outcome: Words = "ok"
 
 
 class Cut(Record):
     """A rung is complete; `kept` go on."""
 
-    rung: int
-    kept: tuple[int, ...]
+    rung: Count
+    kept: tuple[Count, ...]
 
 
 class Finalists(Record):
     """The trials that are repeated on fresh seeds."""
 
-    trials: tuple[int, ...]
+    trials: tuple[Count, ...]
 
 
 class Final(Measured):
     """One full training of a finalist with a fresh seed."""
 
-    trial: int
-    repeat: int
+    trial: Count
+    repeat: Count
     test_metric: Number = math.nan
     outcome: Words = "ok"
 
@@ -152,7 +156,7 @@ class Final(Measured):
 class Failed(Record):
     """The trial of a race, or a training (which has no number), is out."""
 
-    trial: int = 0
+    trial: Count = 0
     reason: Words = ""
 
 
@@ -165,9 +169,9 @@ class End(Record):
 class StandingsRow(Record):
     """One line of standings.json."""
 
-    rank: int
+    rank: Count
     name: Words
-    trial: int
+    trial: Count
     stage: str = ""
     status: Words = "ok"
     metric: float | None = None
@@ -183,7 +187,7 @@ class Winner(Record):
     """The best recipe."""
 
     name: Words
-    trial: int
+    trial: Count
     recipe: str
 
 
@@ -212,8 +216,8 @@ class Start(Record):
 
     task: Words = ""
     recipe: Words = ""  # its hash
-    seed: int = 0
-    steps: int = 0
+    seed: Count = 0
+    steps: Count = 0
     metric: Words = "metric"
     higher_is_better: bool = True
 
@@ -221,7 +225,7 @@ class Start(Record):
 class Step(Record):
     """The training loss of one applied update, and the learning rate it used."""
 
-    step: int
+    step: Count
     loss: Number
     lr: float | None = None
     seconds: Number = math.nan
@@ -230,7 +234,7 @@ class Step(Record):
 class Skip(Record):
     """An update that was not applied, because these gradients were not finite."""
 
-    step: int
+    step: Count
     names: tuple[Words, ...] = ()
 
 
@@ -244,7 +248,7 @@ class Evaluation(Record):
 class TrainingEnd(Record):
     """A training is over."""
 
-    step: int
+    step: Count
     valid: Evaluation | None = None
     test: Evaluation | None = None
 

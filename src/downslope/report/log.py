@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -105,6 +105,12 @@ def read_log(events: Iterable[Mapping[str, Any]], name: str) -> Log:
             raise BadInput(f"{name}: an event is about trial {strangers[0]}, which is not in the plan.")
         _sort_in(log, record)
     return log
+
+
+def latest(events: Sequence[Mapping[str, Any]]) -> float | None:
+    """Seconds from the journal's beginning to its last event."""
+    time = events[-1].get("time") if events else None
+    return float(time) if isinstance(time, float) else None
 
 
 def _sort_in(log: Log, record: ev.Record) -> None:

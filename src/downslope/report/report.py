@@ -12,7 +12,7 @@ from downslope.errors import BadInput
 from downslope.folder import read_file, write_file
 from downslope.report.events import LARGEST_JSON, Plan, Standings, parse_json
 from downslope.report.html import render
-from downslope.report.log import Log, read_log
+from downslope.report.log import Log, latest, read_log
 from downslope.report.race import race_page
 from downslope.report.text import redact
 from downslope.report.training import training_page
@@ -40,11 +40,10 @@ def report(folder: str | os.PathLike[str]) -> Path:
 
 def _page(folder: Path, path: Path) -> Page:
     events = journal.read(path)
-    kinds = {event["kind"] for event in events}
-    if "start" in kinds:
+    if any(event.get("kind") == "start" for event in events):
         return training_page(events, folder)
     log = read_log(events, str(path))
-    log.wall = float(events[-1]["time"])
+    log.wall = latest(events)
     if log.sealed is not None:
         log.standings = _standings(folder / "standings.json", log)
     return race_page(log, redact(shlex.join(_command(log.plan))))

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from downslope.errors import BadInput
 from downslope.folder import read_file
 from downslope.journal import Event
 from downslope.report import events as ev
@@ -32,7 +33,11 @@ class Log:
         steps: dict[int, ev.Step] = {}
         valid: dict[int, ev.Measured] = {}
         skips: dict[int, ev.Skip] = {}
-        for record in ev.typed(history(events), ev.TRAINING, name):
+        try:
+            counting = history(events)
+        except (KeyError, TypeError):
+            raise BadInput(f"{name}: an event lacks what every event has.") from None
+        for record in ev.typed(counting, ev.TRAINING, name):
             match record:
                 case ev.Start():
                     self.start = record
