@@ -218,7 +218,7 @@ def test_only_regular_files_of_a_decent_size_are_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(BadInput, match="it is not a regular file"):
         read_file(tmp_path / "pipe")  # and does not wait for a writer
-    with pytest.raises(BadInput, match="Is a directory|it is not a regular file"):
+    with pytest.raises(BadInput, match="it is not a regular file"):
         read_file(tmp_path)
     with pytest.raises(BadInput, match="cannot read .*nothing: No such file or directory"):
         read_file(tmp_path / "nothing")

@@ -57,7 +57,7 @@ def read_file(path: str | os.PathLike[str], limit: int | None = None) -> bytes:
     with disk(f"read {path}"):
         # Without O_NONBLOCK, opening a pipe would wait for a writer that never comes.
         file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(file, "rb") as stream:
+        try:
             about = os.fstat(file)
             if not stat.S_ISREG(about.st_mode):
                 raise BadInput(f"cannot read {path}: it is not a regular file.")
@@ -65,7 +65,10 @@ def read_file(path: str | os.PathLike[str], limit: int | None = None) -> bytes:
                 raise BadInput(
                     f"cannot read {path}: it has {about.st_size} bytes, at most {limit} are allowed."
                 )
-            return stream.read()
+            with os.fdopen(file, "rb", closefd=False) as stream:
+                return stream.read()
+        finally:
+            os.close(file)
 
 
 def write_file(path: str | os.PathLike[str], data: bytes) -> None:

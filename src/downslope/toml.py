@@ -140,10 +140,9 @@ class _Lines:
             part = tomllib.loads(f"x={self._word}")["x"] if self._kind == "text" else self._word
             path = (*path, part)
             self._next()
-            if self._word != ".":
-                self.found.setdefault(path, line)
-                return path, line
             self.found.setdefault(path, line)
+            if self._word != ".":
+                return path, line
             if path in self._sizes:  # a header below an array of tables means its last table
                 path = (*path, self._sizes[path] - 1)
             self._next()
