@@ -184,6 +184,18 @@ def test_text_and_data_read_back_to_an_equal_recipe(recipe: Recipe) -> None:
         assert recipe.diff(read) == []
 
 
+def test_a_chain_of_two_rules_has_the_rate_where_it_was_given() -> None:
+    for chain in (ds.chain(ds.rmsprop(), ds.momentum(lr=0.5)), ds.chain(ds.rmsprop(lr=0.5), ds.momentum())):
+        recipe = Recipe(chain, 10, 8)
+        assert recipe.chain.defaults["lr"] == 0.5
+        assert recipe.text().count("lr = ") == 1
+        assert Recipe.parse(recipe.text()) == recipe
+        assert recipe.with_(lr=0.1).chain.defaults["lr"] == 0.1
+    twice = Recipe(ds.chain(ds.adam(lr=0.5), ds.lion()), 10, 8).with_(**{"lion.betas": (0.5, 0.6)})
+    assert (twice.chain.defaults["betas"], twice.chain.defaults["lion.betas"]) == ((0.9, 0.999), (0.5, 0.6))
+    assert Recipe.parse(twice.text()) == twice
+
+
 # Differences
 
 
