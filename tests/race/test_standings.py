@@ -31,7 +31,7 @@ def test_rows_are_complete_and_ordered():
     assert len(table.rows) == 41
     assert [row.stage for row in table.rows[:4]] == ["final"] * 4
     stages = [row.stage for row in table.rows]
-    assert stages == sorted(stages, key=["final", "rung 2", "rung 1", "rung 0"].index)
+    assert stages == sorted(stages, key=["final", "full", "1/2", "1/4"].index)
     assert all(row.difference <= 0 for row in table.rows[:4])
     assert sorted({row.trial for row in table.rows}) == list(range(41))
 

@@ -107,11 +107,12 @@ def _cut(event: Event, record: Record) -> str:
     assert record.plan is not None
     best = rank(record, event["rung"], event["order"])[0]
     verdict = record.verdicts[Job(event["rung"], None, best)]
-    score = f"{record.plan['metric']} {verdict.metric:.4f}" if verdict.outcome == "ok" else verdict.outcome
-    return (
-        f"rung {event['rung'] + 1} of {len(record.rungs)}: best {record.trials[best].names[0]} ({score}); "
-        f"{len(event['kept'])} of {len(event['order'])} go on"
-    )
+    score = verdict.outcome
+    if score == "ok":
+        score = f"loss {verdict.loss:.4g}, {record.plan['metric']} {verdict.metric:.4g}"
+    text = f"rung {event['rung'] + 1} of {len(record.rungs)}: best {record.trials[best].names[0]} ({score})"
+    last = event["rung"] + 1 == len(record.rungs)
+    return text if last else f"{text}; {len(event['kept'])} of {len(event['order'])} go on"
 
 
 @contextmanager

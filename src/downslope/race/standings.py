@@ -25,10 +25,11 @@ class Row:
     """One name in the standings. Numbers are means over the seeds for finalists, else those of the last
     rung it ran.
 
+    `stage`: "final", or the part of a full training at which it was judged last: "full", "1/2", …
     `difference` is the mean paired difference of the metric to the winner, negative where it is worse;
     `low` and `high` bound it at 95 % for all finalists at once, None where that is not known. `tied`: not
-    told apart from the winner, or, outside the finals, equal to another row. Test numbers are reported,
-    nothing was chosen by them.
+    told apart from the winner; outside the finals, equal to another row. Test numbers are reported, nothing
+    was chosen by them.
     """
 
     rank: int
@@ -236,13 +237,14 @@ def _others(record: Record, decision: Decision) -> list[Row]:
         for place, (trial, verdict, key) in enumerate(zip(left, verdicts, keys, strict=True)):
             tied = verdict.outcome == "ok" and keys.count(key) > 1
             rank = first + (keys.index(key) if tied else place)
-            rows.append(_left_behind(record.trials[trial], verdict, cut.rung, rank, tied))
+            stage = "full" if cut.rung + 1 == len(record.rungs) else str(record.rungs[cut.rung].fraction)
+            rows.append(_left_behind(record.trials[trial], verdict, stage, rank, tied))
     return rows
 
 
-def _left_behind(trial: Trial, verdict: Verdict, rung: int, rank: int, tied: bool) -> Row:
+def _left_behind(trial: Trial, verdict: Verdict, stage: str, rank: int, tied: bool) -> Row:
     return Row(
-        **{"rank": rank, "stage": f"rung {rung}", "tied": tied, **_identity(trial)},
+        **{"rank": rank, "stage": stage, "tied": tied, **_identity(trial)},
         status=verdict.outcome,
         reason=verdict.reason,
         metric=_finite(verdict.metric),
