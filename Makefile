@@ -12,7 +12,7 @@ TESTS ?= not slow and not faults
 .PHONY: race test check slow faults clean
 
 race: .venv/has-tasks
-	$(BIN)/downslope race $(TASK) --out runs/$(TASK)
+	$(BIN)/downslope race $(TASK)
 
 test: check
 	$(BIN)/pytest -n 2 --dist loadgroup -m '$(TESTS)'
@@ -36,4 +36,4 @@ faults: .venv/has-dev
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find . -name __pycache__ -prune -exec rm -rf {} +
