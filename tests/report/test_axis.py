@@ -2,7 +2,7 @@
 
 import math
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from downslope.report.axis import Axis, spanning
@@ -11,6 +11,7 @@ VALUES = st.lists(st.floats(-1e12, 1e12), min_size=1)
 POSITIVE = st.lists(st.floats(1e-30, 1e30), min_size=1)
 
 
+@settings(deadline=None)
 @given(VALUES)
 def test_a_linear_axis_holds_its_values(values: list[float]) -> None:
     axis = spanning(values)
@@ -18,12 +19,14 @@ def test_a_linear_axis_holds_its_values(values: list[float]) -> None:
     assert all(-1e-6 <= axis.place(v) <= 1 + 1e-6 for v in values)
 
 
+@settings(deadline=None)
 @given(POSITIVE)
 def test_a_logarithmic_axis_holds_its_values(values: list[float]) -> None:
     axis = spanning(values, log=True)
     assert all(-1e-6 <= axis.place(v) <= 1 + 1e-6 for v in values)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(), max_size=5), st.booleans())
 def test_whatever_is_measured_gives_an_axis(values: list[float], log: bool) -> None:
     axis = spanning(values, log=log)
@@ -31,6 +34,7 @@ def test_whatever_is_measured_gives_an_axis(values: list[float], log: bool) -> N
     axis.ticks()
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1))
 def test_an_accuracy_finds_its_place_whatever_it_is(values: list[float]) -> None:
     axis = spanning(values, flip=True, percent=True)
@@ -41,6 +45,7 @@ def test_an_accuracy_finds_its_place_whatever_it_is(values: list[float]) -> None
     assert len(set(labels)) == len(labels)
 
 
+@settings(deadline=None)
 @given(POSITIVE, st.booleans(), st.integers(2, 8))
 def test_ticks_ascend_inside_the_axis_and_are_few(values: list[float], log: bool, count: int) -> None:
     axis = spanning(values, log=log)

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from downslope.report.axis import Axis
@@ -18,6 +18,7 @@ def track(values: list[float]) -> Track:
     return Track(steps, steps, tuple(values))
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=2000), st.integers(8, 200))
 def test_thinning_keeps_ends_and_extremes(values: list[float], points: int) -> None:
     thin = track(values).thinned(points)
@@ -41,6 +42,7 @@ def test_a_logarithm_leaves_out_what_has_none() -> None:
     assert path([0, 0.5, 1], [0.1, 0.0, -1.0], UNIT, Axis(0.1, 1, log=True)) == "M0 1000h0"
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(), min_size=1, max_size=50))
 def test_a_path_is_made_of_whole_numbers_only(values: list[float]) -> None:
     for drawn in panels([Series("a", 0, {"train": track(values)})], [LOSS]):
@@ -71,6 +73,7 @@ def test_dots_are_not_joined() -> None:
     assert "L" not in panels([dots], [LOSS])[0].paths[0].d
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=60), st.floats(0, 100))
 def test_a_running_mean_stays_between_the_extremes(values: list[float], span: float) -> None:
     smooth = track(values).smooth(span)

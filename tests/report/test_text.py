@@ -4,7 +4,7 @@ import math
 import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from downslope.report.text import clip, number, redact, visible
@@ -33,6 +33,7 @@ SECRETS = [
 ]
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_no_character_that_is_shown_is_hidden_or_reorders_the_others(text: str) -> None:
     shown = visible(text)
@@ -64,6 +65,7 @@ def test_ordinary_words_are_not_hidden(text: str) -> None:
     assert redact(text) == text
 
 
+@settings(deadline=None)
 @given(st.floats(-1e307, 1e307) | st.sampled_from([math.inf, -math.inf, math.nan]))
 def test_every_number_is_written_and_reads_back(value: float) -> None:
     text = number(value)
@@ -75,6 +77,7 @@ def test_every_number_is_written_and_reads_back(value: float) -> None:
         assert str(back) == str(value)
 
 
+@settings(deadline=None)
 @given(st.text(), st.integers(2, 50))
 def test_a_clipped_text_is_short_and_begins_alike(text: str, length: int) -> None:
     short = clip(text, length)

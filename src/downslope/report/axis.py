@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from downslope.report.text import number
 
 FARTHEST = 1e100  # a value beyond is as good as infinite: no axis is stretched for it
+PERFECT = 1e-6  # an error below is none: no part of the data has so many items
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Axis:
             inside = min(value, self.high)  # a perfect value has no logarithm of its error
             place = math.log((1 - self.low) / (1 - inside)) / math.log((1 - self.low) / (1 - self.high))
         elif self.log:
-            place = math.log(value / self.low) / math.log(self.high / self.low) if value > 0 else -1.0
+            low, high = math.log(self.low), math.log(self.high)
+            place = (math.log(value) - low) / (high - low) if value > 0 else -1.0
         else:
             place = (value - self.low) / (self.high - self.low)
         return max(-9.0, min(9.0, place))
@@ -61,7 +63,7 @@ class Axis:
     def label(self, value: float) -> str:
         """The value as this axis writes it."""
         if self.percent:
-            return f"{number(100 * value, 4)} %"
+            return f"{round(100 * value, 6):.10g} %".replace("-", "−")
         if not self.log and abs(value) < 1e-9 * (self.high - self.low):
             return "0"
         return short(value)
@@ -95,8 +97,8 @@ def spanning(
     """
     if flip:
         errors = [1 - v for v in values if -FARTHEST < v <= 1]
-        error = spanning([e for e in errors if e > 1e-12], log=True, margin=margin)
-        least = error.low / 2 if min(errors, default=1) <= 1e-12 else error.low
+        error = spanning([e for e in errors if e > PERFECT], log=True, margin=margin)
+        least = error.low / 2 if min(errors, default=1) <= PERFECT else error.low
         return Axis(1 - error.high, 1 - least, True, percent, True)
     known = [float(v) for v in values if abs(v) < FARTHEST and (v > 1 / FARTHEST or not log)]
     if not known:

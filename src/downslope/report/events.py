@@ -93,6 +93,7 @@ class Plan(Record):
     baseline: Count | None = None
     rungs: tuple[Rung, ...] = ()
     trials: tuple[Candidate, ...] = ()
+    left_out: tuple[Words, ...] = ()
 
 
 class Curve(Record):
@@ -175,6 +176,7 @@ class StandingsRow(Record):
     stage: str = ""
     status: Words = "ok"
     metric: float | None = None
+    loss: float | None = None
     metrics: tuple[float | None, ...] = ()
     test_metric: float | None = None
     difference: float | None = None

@@ -20,7 +20,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from downslope.report.text import visible
+from downslope.report.text import column, visible
 from downslope.report.view import Page
 
 _TOML = re.compile(
@@ -87,6 +87,7 @@ def _environment() -> Environment:
     )
     environment.filters["pc"] = lambda place: f"{100 * place:.2f}%"
     environment.filters["toml"] = _toml
+    environment.filters["column"] = column
     environment.filters["told"] = _told
     return environment
 

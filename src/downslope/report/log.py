@@ -56,13 +56,12 @@ class Log:
     def order(self) -> list[int]:
         """All trials, best first: as the standings have them, else who went furthest, then who did best."""
         known = list(dict.fromkeys(row.trial for row in self.standings.rows if row.trial in self.candidates))
-        sign = -1 if self.metric.higher_is_better else 1
 
         def rank(trial: int) -> tuple[float, ...]:
             last = self.judged[trial][-1] if self.judged.get(trial) else None
-            if last is None or last.metric != last.metric:
+            if last is None or last.loss != last.loss:
                 return (trial in self.failed, -(last.rung if last else -1), float("inf"))
-            return (trial in self.failed, -last.rung, sign * last.metric)
+            return (trial in self.failed, -last.rung, last.loss)
 
         rest = sorted((t for t in self.candidates if t not in known), key=rank)
         return known + rest

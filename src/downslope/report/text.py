@@ -86,6 +86,15 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{mantissa.replace('-', '−')}e{int(exponent)}"
 
 
+def column(value: float | None) -> str:
+    """A number for a column of its like: four decimals where they say something.
+
+    >>> column(0.3), column(123456.0), column(None)
+    ('0.3000', '123456', '–')
+    """
+    return f"{value:.4f}" if value is not None and 1e-3 <= value < 1e3 else number(value)
+
+
 def duration(seconds: float | None) -> str:
     """Seconds as a person says them.
 

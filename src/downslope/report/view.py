@@ -93,7 +93,8 @@ class Trial:
     steps: int
     end: float
     stops: tuple[float, ...]
-    value: float | None
+    loss: float | None
+    metric: float | None
     fate: str  # "winner" | "finalist" | "cut" | "failed" | "running"
     outcome: str
 

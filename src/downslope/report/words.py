@@ -65,8 +65,7 @@ def _unfinished(log: Log) -> list[str]:
     if log.order and log.judged.get(log.order[0]):
         best = log.order[0]
         last = log.judged[best][-1]
-        text += f" {log.name(best)} is ahead with a validation "
-        text += f"{log.plan.metric} of {log.metric.write(last.metric)}."
+        text += f" {log.name(best)} is ahead with a validation loss of {number(last.loss)}."
     return [text + " The same command goes on where the race stopped."]
 
 
@@ -103,7 +102,7 @@ def facts(log: Log) -> list[Fact]:
         Fact(
             "Finals",
             f"{plural(len(log.finalists) or len(log.rows), 'finalist')}, each trained in full on "
-            f"{plural(plan.seeds, 'fresh seed')}, the same seeds for all",
+            f"{plural(plan.seeds, 'fresh seed')}, the same seeds for all, ranked by validation {plan.metric}",
         )
     )
     level = f"{100 * log.standings.level:g} %"
@@ -127,9 +126,7 @@ def facts(log: Log) -> list[Fact]:
 def _choosing(log: Log) -> str:
     fractions = [f"{number(100 * rung.fraction)} %" for rung in log.plan.rungs]
     places = f" at {listing(fractions)} of a full training" if fractions else ""
-    return (
-        f"Successive halving by validation {log.plan.metric}{places}, always at the end of a short cooldown"
-    )
+    return f"Successive halving by validation loss{places}, always at the end of a short cooldown"
 
 
 def notes(log: Log) -> list[str]:
