@@ -135,11 +135,9 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.skipped = None
-        update = self._ready()
-        if update is None:
-            return loss
-        active = update.gather()
-        if not active.any():
+        active = self._gather()
+        update = self._update
+        if active is None or update is None or not active.any():
             return loss
         culprits = update.run(self._numbers(), self._counts + 1, self.steps + 1, active)
         if culprits is not None:
@@ -203,24 +201,29 @@ class Optimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._program, self._update = trace(self.chain, guard=self.guard), None
 
-    def _ready(self) -> Update | None:
-        """The update over all parameters that have state, made anew when parameters, memory or state
-        moved.
+    def _gather(self) -> NDArray[np.bool_] | None:
+        """Which of the parameters with state have a gradient; None if nothing is to be stepped.
+
+        The update over them is made anew when parameters, their memory or their state are others than before.
         """
-        flat = [parameter for group in self.param_groups for parameter in group["params"]]
-        fresh = (
-            [p for p in flat if p not in self.state and p.grad is not None]
-            if len(self.state) < len(flat)
-            else []
-        )
-        if self._update is None or fresh or self._update.stale() or self._replaced():
-            _admit(flat)
-            if fresh and not self.state and self._primes(fresh):
-                self._start(fresh)
-                return None
-            self._start(fresh)
-            self._build()
-        return self._update
+        count = sum(len(group["params"]) for group in self.param_groups)
+        fresh = self._fresh() if len(self.state) < count else []
+        if self._update is not None and not fresh and not self._replaced():
+            active = self._update.gather()
+            if active is not None:
+                return active
+        _admit([parameter for group in self.param_groups for parameter in group["params"]])
+        primes = bool(fresh) and not self.state and self._primes(fresh)
+        self._start(fresh)
+        if primes:
+            return None
+        return self._build().gather()
+
+    def _fresh(self) -> list[Tensor]:
+        every = (parameter for group in self.param_groups for parameter in group["params"])
+        return [
+            parameter for parameter in every if parameter not in self.state and parameter.grad is not None
+        ]
 
     def _primes(self, fresh: list[Tensor]) -> bool:
         """Whether this step, at rate 0 and with zero gradients, is only meant to create the state (torch's
@@ -244,7 +247,7 @@ class Optimizer(torch.optim.Optimizer):
         keys = self.chain.keys[self.chain.slots[slot][0]]
         return {a: float(group[key] if i is None else group[key][i]) for a, (key, i) in keys.items()}
 
-    def _build(self) -> None:
+    def _build(self) -> Update:
         members = [
             (g, p) for g, group in enumerate(self.param_groups) for p in group["params"] if p in self.state
         ]
@@ -263,6 +266,7 @@ class Optimizer(torch.optim.Optimizer):
         for i, parameter in enumerate(self._members):
             self.state[parameter]["t"] = counters[i]
         self._seen: list[tuple[float, ...]] = []
+        return self._update
 
     def _replaced(self) -> bool:
         """Whether someone put another tensor into the state. Asked at every step: identities only."""

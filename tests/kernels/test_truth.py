@@ -57,7 +57,9 @@ def run(
     for k, drawn in enumerate(gradients, 1):
         for parameter, gradient in zip(parameters, drawn, strict=True):
             parameter.grad = torch.tensor(gradient, dtype=torch.float64)
-        update.run(table, np.full(len(parameters), k), k, update.gather())
+        active = update.gather()
+        assert active is not None
+        update.run(table, np.full(len(parameters), k), k, active)
     return [parameter.numpy() for parameter in parameters]
 
 

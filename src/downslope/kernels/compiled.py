@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import llvmlite.binding
+import llvmlite.ir as ir
 import numba
 from numba import njit
 from numba.core import cgutils
@@ -63,6 +64,18 @@ def claim(typing_context, address, count):  # type: ignore[no-untyped-def]
         return builder.atomic_rmw("add", number, arguments[1], "monotonic")
 
     return numba_types.int64(numba_types.uintp, numba_types.int64), generate
+
+
+@intrinsic
+def call(typing_context, function, first, second):  # type: ignore[no-untyped-def]
+    """Call the C function at an address with two words; the word that it returns."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        word = arguments[0].type
+        kind = ir.FunctionType(word, [word, word]).as_pointer()
+        return builder.call(builder.inttoptr(arguments[0], kind), arguments[1:])
+
+    return numba_types.int64(numba_types.int64, numba_types.int64, numba_types.int64), generate
 
 
 _caching = False

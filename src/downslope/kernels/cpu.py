@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from downslope.kernels.address import PLAIN, SOME_ODD, Addresses
 from downslope.kernels.eager import refuse_sparse
 from downslope.kernels.source import FIXED, columns, runs, source
 from downslope.rules.trace import Program, Stage
@@ -26,9 +27,6 @@ SERIAL = 131_072
 """Up to this many numbers one thread is faster than the hand-over to a second."""
 
 DTYPES = {torch.float32: ("float32", np.float32), torch.float64: ("float64", np.float64)}
-
-_is_contiguous = Tensor.is_contiguous
-_data_ptr = Tensor.data_ptr
 
 
 class _Worker:
@@ -151,10 +149,10 @@ class CpuBucket:
         self.index = np.array(index, dtype=np.int64)
         self.name, self.type = DTYPES[self.parameters[0].dtype]
         self.names = tuple(program.slots)
-        self.contiguous = all(map(_is_contiguous, self.parameters))
+        self.contiguous = all(parameter.is_contiguous() for parameter in self.parameters)
         self.kernels: dict[int, Callable[..., None]] = {}
-        self.gradients: list[Tensor] = []
-        sizes = np.array([parameter.numel() for parameter in self.parameters], dtype=np.int64)
+        self.copies: list[Tensor] = []
+        self.sizes = sizes = np.array([parameter.numel() for parameter in self.parameters], dtype=np.int64)
         chunks = -(-sizes // CHUNK)
         self.owner = np.repeat(np.arange(len(sizes)), chunks)
         start = (np.arange(len(self.owner)) - np.repeat(np.cumsum(chunks) - chunks, chunks)) * CHUNK
@@ -162,58 +160,58 @@ class CpuBucket:
         self.offsets = start * np.dtype(self.type).itemsize
         self.table = np.zeros((len(self.owner), FIXED + len(columns(self.names))), dtype=np.int64)
         self.table[:, 0], self.table[:, 1] = self.lengths, self.owner
-        self.pointers = self._pointers(self.parameters)
-        self.table[:, FIXED + 1] = self.pointers[self.owner] + self.offsets
+        self.addresses = Addresses(self.parameters)
+        self.addresses.look()
+        self.weights = self.addresses.weights.copy()
+        self.table[:, FIXED + 1] = self.weights[self.owner] + self.offsets
         for place, name in enumerate(self.names):
-            self.table[:, FIXED + 2 + place] = (
-                self._pointers([slot[name] for slot in slots])[self.owner] + self.offsets
-            )
+            pointers = np.array([slot[name].data_ptr() for slot in slots], dtype=np.int64)
+            self.table[:, FIXED + 2 + place] = pointers[self.owner] + self.offsets
         self.everyone = self.active = np.ones(len(sizes), dtype=bool)
         self.serial = int(sizes.sum()) <= SERIAL
 
-    @staticmethod
-    def _pointers(tensors: Sequence[Tensor]) -> NDArray[np.int64]:
-        return np.fromiter(map(_data_ptr, tensors), np.int64, len(tensors))
+    def gather(self) -> NDArray[np.bool_] | None:
+        """Point the table at this step's gradients; a row without one gets length 0. Which have one.
 
-    def stale(self) -> bool:
-        """Whether a parameter's memory moved since the table was made (`p.data = …`, `module.to(…)`)."""
-        return not np.array_equal(self._pointers(self.parameters), self.pointers)
-
-    def gather(self) -> NDArray[np.bool_]:
-        """Point the table at this step's gradients; a row without one gets length 0. Which parameters have
-        one.
+        None if a parameter's memory moved since the table was made (`p.data = …`, `module.to(…)`).
         """
-        gradients: list[Any] = [parameter.grad for parameter in self.parameters]
-        active = self.everyone
-        try:
-            pointers = self._pointers(gradients)
-        except (TypeError, RuntimeError):  # some have none, or one without plain memory
-            refuse_sparse(gradients)
-            active = np.array([gradient is not None for gradient in gradients])
-            gradients = [p if g is None else g for p, g in zip(self.parameters, gradients, strict=True)]
-            pointers = self._pointers(gradients)
+        found = self.addresses.look()
+        if not np.array_equal(self.addresses.weights, self.weights):
+            return None
+        active, pointers = self.everyone, self.addresses.gradients
+        if found & SOME_ODD or not self.contiguous:
+            pointers = self._alike()
+        if found != PLAIN:
+            active = pointers != 0
+            active |= (self.sizes == 0) & [parameter.grad is not None for parameter in self.parameters]
         if active is not self.active:
             self.table[:, 0] = np.where(active[self.owner], self.lengths, 0)
             self.active = active
-        if not self._plain(gradients):
-            gradients = [self._alike(p, g) for p, g in zip(self.parameters, gradients, strict=True)]
-            pointers = self._pointers(gradients)
-        self.gradients = gradients
         self.table[:, FIXED] = pointers[self.owner] + self.offsets
         return active
 
-    def _plain(self, gradients: list[Tensor]) -> bool:
-        return (
-            self.contiguous
-            and all(map(_is_contiguous, gradients))
-            and {gradient.dtype for gradient in gradients} == {self.parameters[0].dtype}
-        )
+    def _alike(self) -> NDArray[np.int64]:
+        """The addresses of gradients laid out as their parameters are, or of copies that are; 0 for none."""
+        gradients = [parameter.grad for parameter in self.parameters]
+        refuse_sparse(gradients)
+        pointers = np.zeros(len(gradients), dtype=np.int64)
+        for i, (parameter, gradient) in enumerate(zip(self.parameters, gradients, strict=True)):
+            if gradient is None:
+                continue
+            if gradient.stride() != parameter.stride() or gradient.dtype != parameter.dtype:
+                gradient = torch.empty_like(parameter, requires_grad=False).copy_(gradient)
+                self.copies.append(gradient)
+            pointers[i] = gradient.data_ptr()
+        return pointers
 
-    @staticmethod
-    def _alike(parameter: Tensor, gradient: Tensor) -> Tensor:
-        if gradient.stride() == parameter.stride() and gradient.dtype == parameter.dtype:
-            return gradient
-        return torch.empty_like(parameter, requires_grad=False).copy_(gradient)
+    @property
+    def gradients(self) -> list[Tensor | None]:
+        """The gradients as they are."""
+        return [parameter.grad for parameter in self.parameters]
+
+    def release(self) -> None:
+        """Let go of copies of gradients."""
+        self.copies = []
 
     def reduce(
         self, stage: Stage, scalars: NDArray[np.float64]
@@ -228,7 +226,7 @@ class CpuBucket:
     def apply(self, stage: Stage, scalars: NDArray[np.float64]) -> None:
         """Write the new weights and slots, and say so to autograd."""
         self._run(stage, scalars, np.zeros((len(self.owner), 0)))
-        torch.autograd.graph.increment_version(self.parameters)
+        self.addresses.written()
 
     def _run(self, stage: Stage, scalars: NDArray[np.float64], partials: NDArray[np.float64]) -> None:
         if id(stage) not in self.kernels:

@@ -103,15 +103,15 @@ class EagerBucket:
         self.index = np.array(index, dtype=np.int64)
         self.gradients: list[Tensor | None] = []
 
-    def stale(self) -> bool:
-        """Whether a parameter's memory moved since the bucket was made; eager looks it up anew, so never."""
-        return False
-
     def gather(self) -> NDArray[np.bool_]:
         """Look up this step's gradients; which parameters have one."""
         self.gradients = [parameter.grad for parameter in self.parameters]
         refuse_sparse(self.gradients)
         return np.array([gradient is not None for gradient in self.gradients])
+
+    def release(self) -> None:
+        """Let go of the gradients."""
+        self.gradients = []
 
     def reduce(
         self, stage: Stage, columns: NDArray[np.float64]

@@ -30,12 +30,13 @@ class Bucket(Protocol):
     """Parameters that one executor steps together."""
 
     index: NDArray[np.int64]
-    gradients: list[Any]
 
-    def stale(self) -> bool: ...
-    def gather(self) -> NDArray[np.bool_]: ...
+    @property
+    def gradients(self) -> list[Tensor | None]: ...
+    def gather(self) -> NDArray[np.bool_] | None: ...
     def reduce(self, stage: Stage, scalars: Floats) -> tuple[Floats, NDArray[np.int64]]: ...
     def apply(self, stage: Stage, scalars: Floats) -> None: ...
+    def release(self) -> None: ...
 
 
 class Update:
@@ -59,10 +60,11 @@ class Update:
         unsupported = next((node for node in program.nodes if ":" in node.word_name), None)
         if unsupported is not None:
             raise BadInput(f"{program.name}: no executor has {unsupported.word_name!r} yet.")
-        self.inputs = [node for node in program.nodes if node.word_name in ("number", "t", "step", "count")]
-        self.places = {key: place for place, key in enumerate(program.numbers)}
-        self.constants = constants(program.nodes)
+        self.counters = [node for node in program.nodes if node.word_name in ("t", "step", "count")]
         self.orders = [scalars(stage.scalars) for stage in program.stages]
+        self.columns = [np.zeros((len(parameters), len(stage.scalars))) for stage in program.stages]
+        self.numbers: Floats | None = None
+        self.steady: dict[Node, Any] = {}
         members: dict[Any, list[int]] = {}
         compiled = executor != "eager" and cpu.can(program)
         for i, parameter in enumerate(parameters):
@@ -79,21 +81,21 @@ class Update:
                 make(program, [parameters[i] for i in index], [slots[i] for i in index], index)
             )
 
-    def stale(self) -> bool:
-        """Whether memory moved under a bucket, so that the update must be made anew."""
-        return any(bucket.stale() for bucket in self.buckets)
-
-    def gather(self) -> NDArray[np.bool_]:
-        """Look up this step's gradients; which parameters have one. A sparse one is refused by name."""
+    def gather(self) -> NDArray[np.bool_] | None:
+        """Look up this step's gradients; which parameters have one. None if a parameter's memory moved, so
+        that the update must be made anew. A sparse gradient is refused by name."""
         active = np.zeros(len(self.sizes), dtype=bool)
         for bucket in self.buckets:
             try:
-                active[bucket.index] = bucket.gather()
+                having = bucket.gather()
             except SparseGradientError as found:
                 name = self.names[bucket.index[found.place]]
                 raise BadInput(
                     f"{name} has a sparse gradient, which {self.program.name} cannot take; use sparse=False."
                 ) from None
+            if having is None:
+                return None
+            active[bucket.index] = having
         return active
 
     def run(
@@ -102,15 +104,18 @@ class Update:
         """Apply the step to what `gather` found. None, or, where the guard stopped it with nothing written,
         the culprits.
 
-        `numbers` has a row per entry of `program.numbers` and a column per parameter; `t` counts the updates
-        of each parameter and `step` those of the run, this one included.
+        `numbers` has a row per entry of `program.numbers` and a column per parameter, and is another array
+        whenever they change; `t` counts the updates of each parameter and `step` those of the run, this one
+        included.
         """
-        known = self._known(numbers, t, step, active)
-        for stage, order in zip(self.program.stages, self.orders, strict=True):
+        if numbers is not self.numbers:
+            self._settle(numbers)
+        known = self._known(t, step, active)
+        for stage, order, columns in zip(self.program.stages, self.orders, self.columns, strict=True):
             fold(order, known)
-            columns = np.zeros((len(self.sizes), len(stage.scalars)))
             for place, node in enumerate(stage.scalars):
-                columns[:, place] = known[node]
+                if node not in self.steady:
+                    columns[:, place] = known[node]
             if stage.stores:
                 for bucket in self.buckets:
                     bucket.apply(stage, columns)
@@ -126,18 +131,29 @@ class Update:
         return None
 
     def release(self) -> None:
-        """Let go of the gradients."""
+        """Let go of what was gathered."""
         for bucket in self.buckets:
-            bucket.gradients = []
+            bucket.release()
 
-    def _known(
-        self, numbers: Floats, t: NDArray[np.int64], step: int, active: NDArray[np.bool_]
-    ) -> dict[Node, Any]:
-        known: dict[Node, Any] = dict(self.constants)
-        for node in self.inputs:
-            if node.word_name == "number":
-                known[node] = numbers[self.places[node.payload]]
-            elif node.word_name == "t":
+    def _settle(self, numbers: Floats) -> None:
+        """Compute what follows from numbers alone, once for all steps until they change."""
+        self.numbers = numbers
+        rows = {key: numbers[place] for place, key in enumerate(self.program.numbers)}
+        self.steady = constants(self.program.nodes)
+        self.steady |= {node: rows[node.payload] for node in self.program.nodes if node.word_name == "number"}
+        for order in self.orders:
+            for node in order:
+                if node.operands and all(operand in self.steady for operand in node.operands):
+                    fold([node], self.steady)
+        for stage, columns in zip(self.program.stages, self.columns, strict=True):
+            for place, node in enumerate(stage.scalars):
+                if node in self.steady:
+                    columns[:, place] = self.steady[node]
+
+    def _known(self, t: NDArray[np.int64], step: int, active: NDArray[np.bool_]) -> dict[Node, Any]:
+        known = dict(self.steady)
+        for node in self.counters:
+            if node.word_name == "t":
                 known[node] = t.astype(np.float64)
             elif node.word_name == "step":
                 known[node] = np.float64(step)

@@ -1,0 +1,101 @@
+"""What compiled code sees of weights and gradients is what Python sees, for every kind of gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import downslope as ds
+from downslope.kernels import address
+from downslope.kernels.address import PLAIN, SOME_MISSING, SOME_ODD, Addresses
+
+GRADIENTS: list[tuple[Any, int]] = [
+    (lambda: torch.ones(4, 3), PLAIN),
+    (lambda: None, SOME_MISSING),
+    (lambda: torch.ones(3, 4).t(), SOME_ODD),
+    (lambda: torch.ones(1, 3).expand(4, 3), SOME_ODD),
+    (lambda: torch.ones(4, 3).to_sparse(), SOME_ODD),
+    (lambda: torch.ones(8, 3)[::2], SOME_ODD),
+]
+
+
+@pytest.mark.parametrize("way", ["native", "python"])
+@pytest.mark.parametrize(("make", "kind"), GRADIENTS)
+def test_each_kind_of_gradient_is_told_apart(
+    way: str, make: Any, kind: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "native":
+        assert address.native() is not None, (
+            "this build of torch has every name; else the step is only slower"
+        )
+    else:
+        monkeypatch.setattr(address, "native", lambda: None)
+    parameters = [nn.Parameter(torch.zeros(4, 3)) for _ in range(3)]
+    for parameter in parameters:
+        parameter.grad = torch.full((4, 3), 2.0)
+    parameters[1].grad = make()
+    seen = Addresses(parameters)
+    assert seen.look() == kind
+    assert seen.weights.tolist() == [p.data_ptr() for p in parameters]
+    want = [p.grad.data_ptr() if p.grad is not None else 0 for p in (parameters[0], parameters[2])]
+    assert [seen.gradients[0], seen.gradients[2]] == want
+    if kind == PLAIN and parameters[1].grad is not None:
+        assert seen.gradients[1] == parameters[1].grad.data_ptr()
+    else:
+        assert seen.gradients[1] == 0
+
+
+def test_every_way_steps_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for way in ("native", "python"):
+        if way == "python":
+            monkeypatch.setattr(address, "native", lambda: None)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 1))
+        optimizer = ds.AdamW(model.parameters(), lr=0.1)
+        for k in range(6):
+            optimizer.zero_grad()
+            model(torch.randn(3, 5)).sum().backward()
+            if k % 2:
+                model[0].bias.grad = None
+            optimizer.step()
+        found.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("way", ["native", "python"])
+def test_versions_count_what_was_written(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way == "python":
+        monkeypatch.setattr(address, "native", lambda: None)
+    parameters = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    before = [p._version for p in parameters]
+    Addresses(parameters).written()
+    assert [p._version for p in parameters] == [version + 1 for version in before]
+
+
+def test_handles_keep_nothing_alive_for_ever() -> None:
+    import gc
+    import weakref
+
+    parameter = nn.Parameter(torch.zeros(2))
+    seen = Addresses([parameter])
+    seen.look()
+    gone = weakref.ref(parameter)
+    del seen, parameter
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_torch_that_answers_otherwise_is_asked_through_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(address, "_FUNCTIONS", ("no_such_function", *address._FUNCTIONS[1:]))
+    address.native.cache_clear()
+    try:
+        assert address.native() is None
+    finally:
+        monkeypatch.undo()
+        address.native.cache_clear()
+    assert np.array_equal(Addresses([nn.Parameter(torch.zeros(2))]).weights, [0])
