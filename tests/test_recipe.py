@@ -217,6 +217,7 @@ def test_a_diff_names_the_key_and_both_values() -> None:
         "roles.norm.weight_decay: 0.0 → 0.1",
         "roles.bias: { weight_decay = 0.0 } → -",
     ]
+    assert [d.key for d in made().diff(made().with_(lr=linear(1e-3, "100 %")))] == ["adamw.lr"]
     assert str(found).split("\n") == [str(d) for d in found]
     back = other.diff(made())
     assert sorted((d.key, str(d.mine)) for d in found) == sorted((d.key, str(d.theirs)) for d in back)
