@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -50,6 +50,27 @@ def test_the_baseline_is_in_the_finals_on_fresh_seeds(plain):
     assert sorted(event["seed"] for event in finals if event["trial"] == baseline) == [1, 2]
     assert all(event["test_metric"] is not None for event in finals)
     assert not any("test_metric" in event for event in plain.events("reference", "judged"))
+
+
+def test_the_test_part_is_reported_and_never_used(plain, field):
+    """With every label of the test part wrong, nothing changes but the test numbers."""
+    other = field()
+    other.file.write_text(
+        other.file.read_text().replace(
+            "    parts = dict", "    test[1].add_(1).remainder_(3)\n    parts = dict"
+        )
+    )
+    other.race("reference")
+    reported = ("test_metric", "test_loss")
+    here, there = (
+        [
+            {k: v for k, v in asdict(row).items() if k not in reported}
+            for row in Standings.load(one.folder("reference")).rows
+        ]
+        for one in (plain, other)
+    )
+    assert here == there
+    assert other.bytes("reference") != plain.bytes("reference")
 
 
 def test_no_cut_falls_into_a_warmup(plain):

@@ -27,6 +27,9 @@ from downslope.race.record import Job
 
 Message = dict[str, Any]
 TAIL = 4000
+SOURCE = str(Path(__file__).resolve().parents[2])
+BEGIN = "import sys; sys.path.append(sys.argv[1]); from downslope.race.worker import main; main()"
+"""The very package that started it, wherever that lies; behind all else, so that it shadows nothing."""
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
@@ -163,9 +166,8 @@ class Pool:
     def _start(self) -> Worker:
         ours, theirs = socket.socketpair()
         with theirs:
-            command = ["-P", "-m", "downslope.race.worker", str(theirs.fileno()), str(os.getpid())]
             process = subprocess.Popen(
-                [sys.executable, *command],
+                [sys.executable, "-P", "-c", BEGIN, SOURCE, str(theirs.fileno()), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -196,16 +198,9 @@ def cause(status: int) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """One thread, the same package, and nothing that could make two workers differ."""
-    source = str(Path(__file__).resolve().parents[2])
-    known = os.environ.get("PYTHONPATH")
-    return {
-        **os.environ,
-        **dict.fromkeys(THREADS, "1"),
-        "PYTHONPATH": os.pathsep.join([source, known] if known else [source]),
-        "PYTHONFAULTHANDLER": "1",
-        "PYTHONHASHSEED": "0",
-    }
+    """One thread, a trace where it crashes, and nothing that could make two workers differ."""
+    ours = {"PYTHONFAULTHANDLER": "1", "PYTHONHASHSEED": "0"}
+    return {**os.environ, **dict.fromkeys(THREADS, "1"), **ours}
 
 
 def _take(file: int) -> bytes | None:

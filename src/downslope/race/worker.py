@@ -1,6 +1,6 @@
 """A worker process of a race: reads jobs as JSON lines, does them one by one, says what came of each.
 
-Started by the pool as `python -m downslope.race.worker FILE PARENT`; not for typing by hand.
+The pool starts it with two last arguments: the file number of the channel, and the number of the parent.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def _blame(error: BaseException) -> dict[str, str]:
 
 
 def main() -> None:
-    """The process: two arguments, the file number of the channel and the number of the parent."""
-    file, parent = (int(word) for word in sys.argv[1:])
+    """The process, from its first line to its last."""
+    file, parent = (int(word) for word in sys.argv[-2:])
     die_with(parent)
     code = 0
     try:
@@ -110,7 +110,3 @@ def main() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # whatever threads the user's code has left behind
-
-
-if __name__ == "__main__":
-    main()
