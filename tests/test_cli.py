@@ -94,6 +94,33 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("[[chain]]\npart = 'sgd'\nlr = 0.1\nmomentun = 0.9\n", "recipe.toml:6: "),
+        ("[[chain]]\npart = 'adamm'\n", "Did you mean 'adam'?"),
+        ("[[chain]]\npart = 'sgd'\nlr = -0.1\n", "lr must be at least 0; -0.1 was given"),
+        ("[[chain]]\npart = 'sgd'\nlr = nan\n", "lr must be"),
+        ("[[chain]\npart = 'sgd'\n", "recipe.toml:3: not TOML"),
+        (
+            "stepps = 3\n[[chain]]\npart = 'sgd'\n",
+            "recipe.toml:3: unknown key 'stepps'. Did you mean 'steps'?",
+        ),
+    ],
+)
+@pytest.mark.parametrize("verb", ["train", "race"])
+def test_a_wrong_recipe_is_one_sentence_with_its_line(
+    verb: str, text: str, sentence: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    recipe, out = tmp_path / "recipe.toml", tmp_path / "out"
+    recipe.write_text("steps = 10\nbatch_size = 8\n" + text)
+    assert run([verb, "cancer-logistic", "--recipe", str(recipe), "--out", str(out)]) == 2
+    said = capfd.readouterr()
+    assert sentence in one_line(said.err)
+    assert said.out == ""
+    assert not out.exists()
+
+
 def test_help_and_version_succeed(capfd: pytest.CaptureFixture[str]) -> None:
     assert run([]) == run(["--help"]) == run(["race", "--help"]) == 0
     assert "race" in capfd.readouterr().out
