@@ -62,6 +62,7 @@ def test_a_metric_of_the_users_own_must_say_which_way_is_better() -> None:
         ({"model": None}, "'model' of a task must be a function, got NoneType"),
         ({"loss": 3}, "'loss' of a task must be a function, got int"),
         ({"metric": "accuracy"}, "'metric' of a task must be a function, got str"),
+        ({"name": "../elsewhere"}, "elsewhere"),
         ({"recipe": {"lr": 1}}, "'recipe' of a task must be a downslope.Recipe, got dict"),
     ],
 )

@@ -1,6 +1,7 @@
 """The user's own file: run once, hashed, importable in a spawned worker; their faults are shown as theirs."""
 
 import hashlib
+import importlib
 import os
 import sys
 from collections.abc import Iterator
@@ -141,6 +142,23 @@ def test_a_file_named_like_a_module_is_refused(folder: Path, name: str) -> None:
     (folder / f"{name}.py").write_text(MINE)
     with pytest.raises(BadInput, match=f"named like the module '{name}'"):
         load(f"{folder / name}.py:linear")
+
+
+def test_a_file_that_was_imported_before_is_no_stranger(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(mine.parent)
+    imported = importlib.import_module("mine")
+    assert load(f"{mine}:linear").name == "linear"
+    monkeypatch.delitem(sys.modules, "mine")
+    assert imported.__file__ == str(mine)
+
+
+def test_an_interrupt_leaves_no_half_module(folder: Path) -> None:
+    path = folder / "sick.py"
+    path.write_text("raise KeyboardInterrupt\n")
+    with pytest.raises(KeyboardInterrupt):
+        load(f"{path}:f")
+    path.write_text(MINE)
+    assert load(f"{path}:linear").name == "linear"
 
 
 def test_a_file_that_is_no_module_name_is_refused(folder: Path) -> None:

@@ -7,6 +7,7 @@ from typing import TypeAlias
 from torch import Tensor, nn
 
 from downslope.errors import BadInput
+from downslope.folder import check_name
 from downslope.recipe import Recipe
 from downslope.rules import chain
 from downslope.rules.catalogue import adamw
@@ -96,6 +97,8 @@ class Task:
                 raise BadInput("A metric of your own needs higher_is_better=True or False.")
             settle(self, "higher_is_better", self.metric is accuracy)
         settle(self, "metric_name", self.metric_name or getattr(self.metric, "__name__", "metric"))
+        if self.name:
+            check_name(self.name)  # the run's folder is called like it
         if not isinstance(given["recipe"], Recipe):
             raise BadInput(
                 f"'recipe' of a task must be a downslope.Recipe, got {type(self.recipe).__name__}."

@@ -98,7 +98,9 @@ def _module(file: str) -> tuple[ModuleType, Path, str]:
         )
     if _loaded.get(name) == (path, sha256):
         return sys.modules[name], path, sha256
-    if name not in _loaded and (name in sys.modules or name in sys.stdlib_module_names):
+    imported = getattr(sys.modules.get(name), "__file__", None)
+    taken = name in sys.modules and name not in _loaded and (not imported or Path(imported).resolve() != path)
+    if taken or name in sys.stdlib_module_names:
         raise BadInput(f"The task file {path.name} is named like the module {name!r}; give it another name.")
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
@@ -110,7 +112,7 @@ def _module(file: str) -> tuple[ModuleType, Path, str]:
     try:
         with guest(f"The task file {path.name}"):
             loader.exec_module(module)
-    except UserCodeError:
+    except BaseException:
         del sys.modules[name]
         _loaded.pop(name, None)
         raise
