@@ -143,3 +143,15 @@ def test_lower_is_better_turns_the_words_but_not_the_picture(events: Events) -> 
     assert {panel.quantity for panel in page.curves.panels} == {"train", "valid"}
     assert not page.metric.percent
     assert page.metric.better(0.1, 0.2)
+
+
+def test_of_two_variants_at_one_rate_the_better_is_drawn(events: Events) -> None:
+    first, second = (of(events, "judged", trial=trial, rung=0)[0]["loss"] for trial in (0, 1))
+    twins = [{**trial, "lr": 0.1} if trial["trial"] < 2 else trial for trial in events[0]["trials"]]
+    for order in (twins, [twins[1], twins[0], *twins[2:]]):
+        drawn = rates(read_log([{**events[0], "trials": order}, *events[1:]], "journal"))
+        assert drawn
+        sgd = next(facet for facet in drawn.facets if facet.rule == "sgd")
+        points = [point for point in sgd.points if "learning rate 0.1:" in point.tip]
+        assert len(points) == 1
+        assert points[0].y == pytest.approx(1 - drawn.y.place(min(first, second)))
