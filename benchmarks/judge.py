@@ -1,8 +1,8 @@
 """Which is the better judge of a rung, the loss or the metric on the validation part?
 
-Every recipe of the race's grid is cooled down at a part of its training and judged, by one seed at a time; its
-true worth is the metric of full trainings on other seeds, over validation and test part. Printed is the rank
-correlation (Spearman) of judgement and worth, over all recipes and over the better half, where it is hard.
+Every recipe of the race's grid is cooled down at a part of its training and judged, by one seed at a time.
+Its true worth is the metric of full trainings on other seeds, over validation and test part. Printed is the
+rank correlation (Spearman) of judgement and worth, of all recipes and of the better half, where it is hard.
 
     python benchmarks/judge.py [TASK] [PART]        about 5 minutes of one core for digits-cnn
 """
@@ -64,9 +64,7 @@ def main(name: str = "digits-cnn", part: str = "1/4") -> None:
     field, _ = Request(task, "20x", 5, 0, {}, None).field()
     truth = np.array([np.mean([worth(task, trial, seed) for seed in TRUTHS]) for trial in field])
     better = truth <= np.median(truth)
-    print(
-        f"{name}: {len(field)} recipes judged at {part} of a training by one seed, against full trainings of others"
-    )
+    print(f"{name}: {len(field)} recipes, judged at {part} of a training by one seed at a time")
     print(f"{'seed':>4} {'loss':>7} {'metric':>7}   better half: {'loss':>7} {'metric':>7}")
     for seed in JUDGES:
         found = np.array([judgement(task, trial, seed, Fraction(part)) for trial in field]).T

@@ -1,6 +1,4 @@
-"""Race: find the best recipe for a task by successive halving, judged on cooldown branches, repeated on
-fresh seeds.
-"""
+"""Race: find the best recipe for a task by halving the field on longer and longer trainings."""
 
 from downslope.race.race import race
 from downslope.race.standings import Row, Standings

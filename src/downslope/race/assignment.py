@@ -54,8 +54,8 @@ def _legs(record: Record, job: Job, trial: Trial) -> list[dict[str, Any]]:
 
 
 def _start(record: Record, job: Job) -> Event | None:
-    """The newest checkpoint of the job: of its branch, else of the trunk, which the rung before may have
-    left.
+    """The newest checkpoint of the job: of its branch, else of the trunk, as the rung before may have left
+    it.
     """
     if job.rung is None:
         found = record.newest.get((job.trial, job.repeat, "final"))

@@ -27,9 +27,7 @@ _SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600}
 
 @dataclass(frozen=True)
 class Budget:
-    """An amount of search: in multiples of one full training ("x"), in applied updates ("steps"), or in
-    time ("s").
-    """
+    """An amount of search, in full trainings ("x"), in applied updates ("steps"), or in seconds ("s")."""
 
     amount: Fraction
     unit: Literal["x", "steps", "s"]
@@ -91,8 +89,8 @@ class Length:
         return end - round(self.cooldown * fraction), end
 
     def clear(self, fraction: Fraction) -> bool:
-        """Whether a cut there is well past the warmup: as many updates at full rate as it took to get
-        there.
+        """Whether a cut there is well past the warmup: as far again at full rate, and a few updates at
+        least.
         """
         stop, _ = self.rung(fraction)
         return stop >= max(4, 2 * self.warmup)

@@ -23,9 +23,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Decision:
-    """Cuts so far, who runs on the present rung, finalists if they are known, and the jobs without a
-    verdict.
-    """
+    """Cuts so far, who runs on the present rung, the finalists once known, and the jobs without a verdict."""
 
     cuts: tuple[Cut, ...]
     runners: tuple[int, ...]
@@ -70,9 +68,7 @@ def rank(record: Record, rung: int, trials: Iterable[int]) -> tuple[int, ...]:
 
 
 def _places(record: Record, rung: int) -> int:
-    """How many trials go on from a rung; from the last one all that are sound are candidates for the
-    finals.
-    """
+    """How many trials go on from a rung; from the last one, all that are sound may become finalists."""
     return record.rungs[rung + 1].runners if rung + 1 < len(record.rungs) else record.rungs[rung].runners
 
 

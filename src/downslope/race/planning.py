@@ -1,6 +1,4 @@
-"""The plan of a race: who runs, on which ladder. Made once and journalled; asked for again, it must come
-out the same.
-"""
+"""The plan of a race: who runs, on which ladder. Made once, journalled, and the same when asked again."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""A pool of local worker processes. Messages are JSON lines over a socket pair: nothing is pickled, nothing
-is forked.
+"""A pool of local worker processes, spoken to in JSON lines over socket pairs: no pickles, no forks.
 
 A worker is a fresh interpreter with one torch thread, in a process group of its own, that dies with its
 parent. What it prints is read and dropped but for the last lines, which tell why it died. Where a worker is
@@ -27,9 +26,12 @@ from downslope.race.record import Job
 
 Message = dict[str, Any]
 TAIL = 4000
+"""Bytes of what a worker printed that are kept."""
+
 SOURCE = str(Path(__file__).resolve().parents[2])
 BEGIN = "import sys; sys.path.append(sys.argv[1]); from downslope.race.worker import main; main()"
 """The very package that started it, wherever that lies; behind all else, so that it shadows nothing."""
+
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
@@ -75,7 +77,11 @@ class Worker:
         self.said[:] = rest
         if lines:
             self.heard = time.monotonic()
-        return [json.loads(line) for line in lines]
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError:  # its own code wrote on our line: nothing it says can be trusted
+            self.closed = True
+            return []
 
     def end(self) -> int:
         """Kill its process group, with the children that it started; its exit status."""
@@ -112,15 +118,13 @@ class Pool:
         return {worker.job for worker in self.workers if worker.job is not None}
 
     def begin(self, job: Job, message: Mapping[str, Any]) -> None:
-        """Give a job to an idle worker, starting one if there is none. Only while fewer than `size` are
-        busy.
-        """
+        """Give a job to an idle worker, or to a new one. Only while fewer than `size` are busy."""
         worker = next((worker for worker in self.workers if worker.job is None), None) or self._start()
         worker.job, worker.heard = job, time.monotonic()
         worker.send(message)
 
     def messages(self, wait: float) -> Iterator[tuple[Job, Message | Lost]]:
-        """What is heard within `wait` seconds, job by job. A job is over when a message says so, or when
+        """What is heard within `wait` seconds, job by job. A job ends with a message that says so, or is
         lost.
         """
         self.selector.select(wait)

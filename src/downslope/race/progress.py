@@ -1,6 +1,4 @@
-"""What a race shows while it runs: a live bar on a terminal, plain lines elsewhere. On stderr; results go
-to stdout.
-"""
+"""What a race shows while it runs, on stderr: a live bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 

@@ -178,9 +178,7 @@ class Course:
             self._tidy(decide(self.record))
 
     def _tidy(self, decision: Decision, deep: bool = False) -> None:
-        """Remove the checkpoints of trials that are out; `deep`, while nobody works, also what nobody
-        vouches for.
-        """
+        """Remove checkpoints of trials that are out; `deep`, while nobody works, also unacknowledged ones."""
         alive = {folder(job) for job in decision.jobs}
         alive |= {folder(Job(None, None, trial)) for trial in decision.runners}
         known = {(folder(Job.of(event)), event["checkpoint"]) for event in self.record.newest.values()}
@@ -206,9 +204,7 @@ class Course:
 
 
 def _times(events: Sequence[Event]) -> dict[str, Any]:
-    """What the clock said, kept out of the standings: seconds of the race, and of computing, all and by
-    trial.
-    """
+    """What the clock said, kept out of the standings: seconds of the race, and of computing."""
     trials: dict[str, float] = {}
     for event in events:
         if event["kind"] in ("judged", "final"):

@@ -18,9 +18,7 @@ Event = Mapping[str, Any]
 
 
 class Job(NamedTuple):
-    """A piece of work with a verdict: a trial judged at a rung, or one repeat of a finalist. Sorts in
-    virtual order.
-    """
+    """A piece of work with a verdict: a trial judged at a rung, or one repeat of a finalist."""
 
     rung: int | None
     repeat: int | None
@@ -82,7 +80,7 @@ class Verdict:
 
     @staticmethod
     def of(event: Event) -> Verdict:
-        """The verdict that a `judged`, `final` or `failed` event brings; numbers that are not finite are a
+        """The verdict of a `judged`, `final` or `failed` event; numbers that are not finite are a
         divergence.
         """
         if event["kind"] == "failed":

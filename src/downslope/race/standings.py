@@ -263,9 +263,7 @@ def _identity(trial: Trial) -> dict[str, Any]:
 
 
 def _named(record: Record, rows: Iterable[Row]) -> list[Row]:
-    """One row for each name: a recipe entered twice was trained once, and both names are tied. Ranks count
-    rows from 1.
-    """
+    """One row for each name, the names of one recipe tied. Ranks count rows from 1."""
     expanded = [
         replace(row, name=name, tied=row.tied or len(record.trials[row.trial].names) > 1)
         for row in rows

@@ -55,9 +55,7 @@ def quantile(level: float, freedom: int) -> float:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of paired differences and its interval; `low` and `high` are None where too few pairs tell
-    nothing.
-    """
+    """Mean of paired differences and its interval; `low`, `high` are None where pairs are too few to tell."""
 
     mean: float
     low: float | None

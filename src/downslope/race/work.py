@@ -45,9 +45,7 @@ class Bench:
 
 @dataclass
 class Curve:
-    """Training loss against updates and computing seconds: the mean since the last point, every few
-    updates.
-    """
+    """Training loss against updates and computing seconds; a point is the mean since the last one."""
 
     every: int
     before: float
@@ -84,8 +82,8 @@ class Work:
         self.seconds = 0.0
 
     def messages(self) -> Iterator[Message]:
-        """Train leg by leg and judge. Raises UserCodeError or BadInput where the trial fails, Refused where
-        the disk does.
+        """Train and judge. Raises UserCodeError or BadInput where the trial fails, Refused where the disk
+        does.
         """
         try:
             self.state = self._resumed() if self.job["start"] else self._fresh()
@@ -172,9 +170,7 @@ class Work:
 
 
 def rehearse(bench: Bench, job: Mapping[str, Any], alive: Callable[[], None]) -> Message:
-    """A few updates and a look at the validation part, and no trace; if `timed`, the seconds that an update
-    takes.
-    """
+    """Try a few updates and the validation part, without a trace; if `timed`, measure an update's seconds."""
     state = TrainState(bench.task, Recipe.parse(job["recipe"]), job["seed"])
     state.advance(min(WARMING, state.steps))
     state.evaluate("valid")

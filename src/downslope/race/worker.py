@@ -31,9 +31,7 @@ def die_with(parent: int) -> None:
 
 
 class Channel:
-    """The line to the coordinator. When that is gone, so is this process: nothing is written that nobody
-    asked for.
-    """
+    """The line to the coordinator. When that is gone, so is this process: nobody is left to write for."""
 
     def __init__(self, file: int) -> None:
         os.set_inheritable(file, False)
