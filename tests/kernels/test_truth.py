@@ -116,3 +116,24 @@ def test_a_judge_tells_a_wrong_rule() -> None:
         assert_close(
             run(wrong, "cpu", weights, gradients), judged(CASES["momentum"], None, weights, gradients)
         )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_odd_gradients_step_alike_on_every_executor(name: str) -> None:
+    """NaN, infinities, signed zeros, least and largest numbers: NaN where it is due, and there only."""
+    odd = [np.nan, np.inf, -np.inf, -0.0, 0.0, 5e-324, 1e308, -1e308, 1.0, -1.0]
+    weights = [np.array(odd), np.array(odd[::-1]), np.linspace(-1, 1, len(odd))]
+    turns = [[np.roll(odd, k + i) for i in range(3)] for k in range(4)]
+    parts = [
+        LINKS["clip_norm"](3.0),
+        LINKS["clip_value"](0.5),
+        LINKS["l2"](0.1),
+        CASES[name].part,
+        LINKS["decay"](0.1),
+    ]
+    for chained in (chain(CASES[name].part), chain(*parts[1:]), chain(*parts)):
+        want, *others = (run(chained, executor, weights, turns) for executor in EXECUTORS)
+        for got in others:
+            for a, b in zip(got, want, strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-12, atol=0, equal_nan=True)
+                assert np.array_equal(np.signbit(a[a == 0]), np.signbit(b[a == 0]))
