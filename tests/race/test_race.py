@@ -175,6 +175,14 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(plain):
         plain.race("file/below")
 
 
+def test_the_folder_of_a_training_is_refused_and_left_alone(plain):
+    ds.train(find(plain.address), ADAMW, out=plain.folder("training"))
+    before = plain.events("training")
+    with pytest.raises(BadInput, match="something else"):
+        plain.race("training")
+    assert plain.events("training") == before
+
+
 def test_a_task_that_raises_is_the_users_fault_and_is_told_before_anything_is_planned(field):
     broken = field()
     broken.file.write_text(broken.file.read_text().replace("nn.Linear(5, 3)", "nn.Linear(4, 3)"))

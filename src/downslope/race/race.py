@@ -91,9 +91,10 @@ class Course:
     def __init__(self, held: RunFolder, journal: Journal, pool: Pool, show: Progress) -> None:
         self.held, self.journal, self.pool, self.show = held, journal, pool, show
         self.trials = held.path / "trials"
-        self.record = Record()
-        for event in read(journal.path):
-            self.record.take(event)
+        events = read(journal.path)
+        if events and events[0]["kind"] not in ("race", "pace"):
+            raise BadInput(f"The folder {held.path} holds something else than a race: choose another folder.")
+        self.record = Record.of(events)
 
     def say(self, kind: str, **fields: Any) -> None:
         """Journal an event; when this returns it has happened."""
