@@ -13,7 +13,7 @@ from downslope.rules.value import maximum, sign, sqrt, where
 Weight = Any  # a Value: annotating each argument would say nothing that the first line of the file does not
 
 
-@rule(source="Robbins & Monro 1951", lr=0.1, rates=(0.003, 0.01, 0.03, 0.1, 0.3))
+@rule(source="Robbins & Monro 1951", lr=0.1, rates=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0))
 def sgd(g: Weight, p: Weight, s: State) -> Step:
     """Step against the gradient; with the full batch, this is gradient descent.
 
@@ -27,7 +27,7 @@ def sgd(g: Weight, p: Weight, s: State) -> Step:
     "v",
     source="Polyak 1964; Sutskever et al. 2013, in torch's convention",
     lr=0.01,
-    rates=(0.001, 0.003, 0.01, 0.03, 0.1),
+    rates=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
 )
 def momentum(
     g: Weight, p: Weight, s: State, *, t: Weight, momentum: float = 0.9, dampening: float = 0.0
@@ -46,7 +46,7 @@ def momentum(
     "v",
     source="Nesterov 1983; Sutskever et al. 2013, eq. 3-4",
     lr=0.01,
-    rates=(0.001, 0.003, 0.01, 0.03, 0.1),
+    rates=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
 )
 def nesterov(g: Weight, p: Weight, s: State, *, momentum: float = 0.9) -> Step:
     """Momentum that looks ahead: the gradient is weighed as if taken after the step that momentum is about to
@@ -63,7 +63,7 @@ def nesterov(g: Weight, p: Weight, s: State, *, momentum: float = 0.9) -> Step:
     Slot("sum", initial=lambda p, *, initial_accumulator_value, **_: initial_accumulator_value),
     source="Duchi, Hazan & Singer 2011, figure 1 (diagonal)",
     lr=0.01,
-    rates=(0.003, 0.01, 0.03, 0.1, 0.3),
+    rates=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
 )
 def adagrad(
     g: Weight,
@@ -84,7 +84,7 @@ def adagrad(
     return Step(shrink * g, metric=shrink)
 
 
-@rule("v", source="Tieleman & Hinton 2012, lecture 6.5", lr=0.01, rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2))
+@rule("v", source="Tieleman & Hinton 2012, lecture 6.5", lr=0.01, rates=(1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03))
 def rmsprop(g: Weight, p: Weight, s: State, *, alpha: float = 0.99, eps: float = 1e-8) -> Step:
     """Divide each coordinate by the root of a running mean of its squares, which forgets, unlike adagrad's
     sum.
@@ -97,7 +97,7 @@ def rmsprop(g: Weight, p: Weight, s: State, *, alpha: float = 0.99, eps: float =
     return Step(shrink * g, metric=shrink)
 
 
-@rule("v", "mean", source="Graves 2013, eq. 38-45", lr=0.01, rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2))
+@rule("v", "mean", source="Graves 2013, eq. 38-45", lr=0.01, rates=(1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03))
 def rmsprop_centered(g: Weight, p: Weight, s: State, *, alpha: float = 0.99, eps: float = 1e-8) -> Step:
     """RMSProp by the running variance instead of the raw second moment: steadier where gradients have a mean.
 
@@ -111,7 +111,7 @@ def rmsprop_centered(g: Weight, p: Weight, s: State, *, alpha: float = 0.99, eps
     return Step(shrink * g, metric=shrink)
 
 
-@rule("m", "v", source="Kingma & Ba 2015, algorithm 1", lr=1e-3, rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2))
+@rule("m", "v", source="Kingma & Ba 2015, algorithm 1", lr=1e-3, rates=(1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03))
 def adam(
     g: Weight, p: Weight, s: State, *, t: Weight, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8
 ) -> Step:
@@ -126,7 +126,13 @@ def adam(
     return Step(1 / (1 - beta1**t) * s.m * shrink, metric=shrink)
 
 
-@rule("m", "v", source="Kingma & Ba 2015, without section 3", lr=1e-3, rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2))
+@rule(
+    "m",
+    "v",
+    source="Kingma & Ba 2015, without section 3",
+    lr=1e-3,
+    rates=(1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03),
+)
 def adam_uncorrected(
     g: Weight, p: Weight, s: State, *, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8
 ) -> Step:
@@ -141,7 +147,13 @@ def adam_uncorrected(
     return Step(s.m * shrink, metric=shrink)
 
 
-@rule("m", "v", source="Loshchilov & Hutter 2019, algorithm 2", lr=1e-3, rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2))
+@rule(
+    "m",
+    "v",
+    source="Loshchilov & Hutter 2019, algorithm 2",
+    lr=1e-3,
+    rates=(1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03),
+)
 def adamw(
     g: Weight,
     p: Weight,
@@ -163,7 +175,7 @@ def adamw(
     return Step(step.direction + weight_decay * p, metric=step.metric)
 
 
-@rule("m", source="Chen et al. 2023, program 1", lr=1e-4, rates=(1e-5, 3e-5, 1e-4, 3e-4, 1e-3))
+@rule("m", source="Chen et al. 2023, program 1", lr=1e-4, rates=(1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3))
 def lion(
     g: Weight, p: Weight, s: State, *, beta1: float = 0.9, beta2: float = 0.99, weight_decay: float = 0.0
 ) -> Weight:
