@@ -26,7 +26,7 @@ slow: .venv/has-dev
 	$(BIN)/pytest -m 'slow and not faults'
 
 faults: .venv/has-dev
-	$(BIN)/pytest -m faults --timeout 0
+	$(BIN)/pytest -m faults --timeout 0 --hypothesis-profile searching
 
 # A stamp says which extra .venv holds; it is older than what it was made from when that changed.
 .venv/has-%: pyproject.toml constraints.txt
