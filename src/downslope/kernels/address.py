@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -138,8 +138,8 @@ class Native:
         self._content = ctypes.pythonapi.PyCapsule_GetPointer
         self._content.argtypes, self._content.restype = [ctypes.py_object, ctypes.c_char_p], ctypes.c_void_p
         self._hold: Callable[[list[Tensor]], list[Any]] = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors
-        self.look = cast("Callable[..., int]", load(_LOOK))
-        self.bump = load(_BUMP)
+        self.look: Callable[..., int] = load(_LOOK).kernel
+        self.bump: Callable[..., None] = load(_BUMP).kernel
 
     def hold(self, tensors: list[Tensor]) -> Integers:
         """A handle for each tensor, which keeps it alive until it is released."""

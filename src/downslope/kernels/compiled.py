@@ -18,7 +18,7 @@ from typing import Any, cast
 import llvmlite.binding
 import llvmlite.ir as ir
 import numba
-from numba import njit
+from numba import cfunc, njit
 from numba.core import cgutils
 from numba.core import types as numba_types
 from numba.extending import intrinsic
@@ -35,6 +35,11 @@ def jit(signature: str) -> Callable[[Callable[..., Any]], Any]:
         "Callable[[Callable[..., Any]], Any]",
         njit(signature, nogil=True, error_model="numpy", cache=_caching, boundscheck=False),
     )
+
+
+def entry(function: Callable[..., Any]) -> Any:
+    """Make a C function `void start(void *job)` of a function, for threads that know nothing of Python."""
+    return cfunc("void(voidptr)", cache=_caching)(function)
 
 
 @njit(fastmath={"reassoc"}, inline="never")
@@ -101,26 +106,23 @@ def cache_folder() -> Path | None:
 
 
 @cache
-def load(text: str) -> Callable[..., None]:
-    """The function `kernel` of a generated module, from the cache if it was compiled before on this
-    machine.
-    """
+def load(text: str) -> Any:
+    """The generated module of this text, from the cache if it was compiled before on this machine."""
     global _caching
     stamp = f"{text}\n{numba.__version__}\n{sys.version}".encode()
     name = f"kernel_{hashlib.sha256(stamp).hexdigest()[:24]}"
     folder = cache_folder()
-    module = None
     if folder is not None:
         _caching = True
         try:
-            module = _from_file(name, text, folder / f"{name}.py")
+            return _from_file(name, text, folder / f"{name}.py")
         except (
             Exception
-        ):  # a full disk, a damaged cache: no reason not to train, and a real fault shows again below
-            module = None
+        ):  # a full disk, a damaged cache: no reason not to train. A real fault shows again below
+            sys.modules.pop(name, None)
         finally:
             _caching = False
-    return cast("Callable[..., None]", (module or _from_memory(name, text)).kernel)
+    return _from_memory(name, text)
 
 
 def _from_file(name: str, text: str, path: Path) -> types.ModuleType:

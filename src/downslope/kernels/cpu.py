@@ -4,10 +4,7 @@ torch has.
 
 from __future__ import annotations
 
-import functools
-import os
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +15,7 @@ from torch import Tensor
 from downslope.kernels.address import PLAIN, SOME_ODD, Addresses
 from downslope.kernels.eager import refuse_sparse
 from downslope.kernels.source import FIXED, columns, runs, source
+from downslope.kernels.threads import spread
 from downslope.rules.trace import Program, Stage
 
 CHUNK = 32_768
@@ -26,78 +24,7 @@ CHUNK = 32_768
 SERIAL = 131_072
 """Up to this many numbers one thread is faster than the hand-over to a second."""
 
-DTYPES = {torch.float32: ("float32", np.float32), torch.float64: ("float64", np.float64)}
-
-
-class _Worker:
-    """A thread that waits for one job at a time; two bare locks hand over faster than a future does."""
-
-    def __init__(self) -> None:
-        self.offered, self.done = threading.Lock(), threading.Lock()
-        self.offered.acquire()
-        self.done.acquire()
-        self.job: Callable[[], None] = lambda: None
-        self.fault: BaseException | None = None
-        threading.Thread(target=self._serve, name="downslope-kernel", daemon=True).start()
-
-    def _serve(self) -> None:
-        while True:
-            self.offered.acquire()
-            try:
-                self.job()
-            except BaseException as fault:  # handed to the thread that waits
-                self.fault = fault
-            self.done.release()
-
-    def offer(self, job: Callable[[], None]) -> None:
-        """Let the thread do `job` when it wakes up; `settle` must follow."""
-        self.job, self.fault = job, None
-        self.offered.release()
-
-    def settle(self) -> None:
-        """Take the job back if the thread has not begun it, else wait for its end; raises what it raised."""
-        if not self.offered.acquire(blocking=False):
-            self.done.acquire()
-        self.job = lambda: None
-        if self.fault is not None:
-            raise self.fault
-
-
-class _Threads:
-    """Threads of our own: compiled code runs without the GIL, so plain ones do; no threading layer aborts.
-
-    They take chunks from one cursor, so a core that is busy elsewhere holds nobody up. In a forked child the
-    threads are gone; there everything runs on the calling thread.
-    """
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.workers: list[_Worker] = []
-        self.forked = False
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._after_fork)
-
-    def _after_fork(self) -> None:
-        self.lock, self.workers, self.forked = threading.Lock(), [], True
-
-    def run(self, kernel: Callable[..., None], arrays: tuple[NDArray[Any], ...], threads: int) -> None:
-        """Run `kernel` over all rows of the table on so many threads, this one included."""
-        grain = max(1, len(arrays[0]) // (16 * threads))
-        job = functools.partial(kernel, *arrays, np.zeros(1, dtype=np.int64), grain)
-        with self.lock:
-            wanted = 0 if self.forked else threads - 1
-            while len(self.workers) < wanted:
-                self.workers.append(_Worker())
-            for worker in self.workers[:wanted]:
-                worker.offer(job)
-            try:
-                job()
-            finally:
-                for worker in self.workers[:wanted]:
-                    worker.settle()
-
-
-_threads = _Threads()
+DTYPES: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 def takes(parameter: Tensor) -> bool:
@@ -130,6 +57,36 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
+class Pass:
+    """One stage over one table: its compiled code, and the memory that the code works in."""
+
+    def __init__(
+        self, stage: Stage, table: NDArray[np.int64], parameters: int, slots: Sequence[str], dtype: Any
+    ) -> None:
+        from downslope.kernels.compiled import (
+            load,
+        )  # numba takes half a second to import: only who steps pays
+
+        self.start: int = load(source(stage, slots, np.dtype(dtype).name)).start.address
+        self.scalars = np.zeros((parameters, len(stage.scalars)), dtype=dtype)
+        self.partials = np.zeros((len(table), len(stage.reductions)))
+        self.cursor = np.zeros(2, dtype=np.int64)
+        arrays = (table, self.scalars, self.partials)
+        shapes = [len(table), table.shape[1], *self.scalars.shape, self.partials.shape[1]]
+        self.job = np.array(
+            [*shapes, *(array.ctypes.data for array in (*arrays, self.cursor))], dtype=np.int64
+        )
+        self.address = self.job.ctypes.data
+        self.table = table  # held, as the job knows only its address
+
+    def run(self, scalars: NDArray[np.float64], threads: int) -> None:
+        """Work through the whole table."""
+        with np.errstate(over="ignore"):
+            self.scalars[...] = scalars
+        self.cursor[0], self.cursor[1] = 0, max(1, len(self.table) // (16 * threads))
+        spread(self.start, self.address, threads)
+
+
 class CpuBucket:
     """Parameters of one dtype as a table: a row per chunk, with its length, its row of scalars and its
     pointers.
@@ -147,10 +104,10 @@ class CpuBucket:
             list(slots),
         )  # held, so that no pointer outlives its memory
         self.index = np.array(index, dtype=np.int64)
-        self.name, self.type = DTYPES[self.parameters[0].dtype]
+        self.type = DTYPES[self.parameters[0].dtype]
         self.names = tuple(program.slots)
         self.contiguous = all(parameter.is_contiguous() for parameter in self.parameters)
-        self.kernels: dict[int, Callable[..., None]] = {}
+        self.passes: dict[int, Pass] = {}
         self.copies: list[Tensor] = []
         self.sizes = sizes = np.array([parameter.numel() for parameter in self.parameters], dtype=np.int64)
         chunks = -(-sizes // CHUNK)
@@ -219,26 +176,17 @@ class CpuBucket:
         """Partial results of the stage's reductions, one row a chunk, and the parameter that each row belongs
         to.
         """
-        partials = np.zeros((len(self.owner), len(stage.reductions)))
-        self._run(stage, scalars, partials)
-        return partials, self.index[self.owner]
+        done = self._run(stage, scalars)
+        return done.partials, self.index[self.owner]
 
     def apply(self, stage: Stage, scalars: NDArray[np.float64]) -> None:
         """Write the new weights and slots, and say so to autograd."""
-        self._run(stage, scalars, np.zeros((len(self.owner), 0)))
+        self._run(stage, scalars)
         self.addresses.written()
 
-    def _run(self, stage: Stage, scalars: NDArray[np.float64], partials: NDArray[np.float64]) -> None:
-        if id(stage) not in self.kernels:
-            from downslope.kernels.compiled import (
-                load,
-            )  # numba takes half a second to import: only who steps pays it
-
-            self.kernels[id(stage)] = load(source(stage, self.names, self.name))
-        with np.errstate(over="ignore"):
-            rows = np.ascontiguousarray(scalars[self.index], dtype=self.type)
-        _threads.run(
-            self.kernels[id(stage)],
-            (self.table, rows, partials),
-            1 if self.serial else torch.get_num_threads(),
-        )
+    def _run(self, stage: Stage, scalars: NDArray[np.float64]) -> Pass:
+        if id(stage) not in self.passes:
+            self.passes[id(stage)] = Pass(stage, self.table, len(self.parameters), self.names, self.type)
+        done = self.passes[id(stage)]
+        done.run(scalars[self.index], 1 if self.serial else torch.get_num_threads())
+        return done

@@ -175,7 +175,7 @@ def adamw(
     return Step(step.direction + weight_decay * p, metric=step.metric)
 
 
-@rule("m", source="Chen et al. 2023, program 1", lr=1e-4, rates=(1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3))
+@rule("m", source="Chen et al. 2023, program 1", lr=1e-4, rates=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3))
 def lion(
     g: Weight, p: Weight, s: State, *, beta1: float = 0.9, beta2: float = 0.99, weight_decay: float = 0.0
 ) -> Weight:
