@@ -1,7 +1,7 @@
 """What holds for all tests: one thread of torch, and hypothesis that repeats itself.
 
-Two test workers on two cores must not fight over threads. `make faults` lets hypothesis search; elsewhere the same
-change gives the same answer, on a slow day too.
+Two test workers on two cores must not fight over threads. `make faults` lets hypothesis search; elsewhere the
+same change gives the same answer, on a slow day too.
 """
 
 import os
