@@ -11,6 +11,7 @@ from downslope.groups import groups
 from downslope.optimizer import Optimizer
 from downslope.race import Standings, race
 from downslope.recipe import Recipe
+from downslope.report import report
 from downslope.rules import Chain, Part, Rule, Slot, Step, chain, link, links, rule, rules
 from downslope.rules.catalogue import (
     adagrad,
@@ -81,6 +82,7 @@ __all__ = [
     "momentum",
     "nesterov",
     "race",
+    "report",
     "resume",
     "rmsprop",
     "rmsprop_centered",
