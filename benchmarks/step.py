@@ -1,12 +1,15 @@
 """Times the public `optimizer.step()` against torch's for-loop, foreach and fused paths of the same rule.
 
-    python benchmarks/step.py                 # both tables, every rule, 40 repetitions
+    python benchmarks/step.py                 # all tables, every rule, 40 repetitions
     python benchmarks/step.py --rules adamw --repetitions 60 --json
 
-Every repetition runs every contender once, in an order that rotates, so that a drifting machine drifts for
-all; ratios are taken repetition by repetition. Given are medians, and the 95 % interval of the median ratio
-by order statistics. A ratio below 1 means that downslope is faster than the best path of torch. The thread
-count is torch's.
+Every repetition runs every contender, in an order that rotates, so that a drifting machine drifts for all;
+ratios are taken repetition by repetition. Given are medians, and the 95 % interval of the median ratio by
+order statistics. A ratio below 1 means that downslope is faster than the best path of torch. The thread count
+is torch's.
+
+Of the small tensors a repetition is `--burst` steps in a row, of which the first is not counted: it finds the
+caches full of what the other contenders did, and would time that. `--burst 1` counts it.
 """
 
 from __future__ import annotations
@@ -117,8 +120,12 @@ def trained(make: Make, shapes: list[tuple[int, ...]], _: list[Tensor]) -> Calla
     return both
 
 
-def measure(contenders: dict[str, Callable[[], None]], repetitions: int) -> dict[str, list[float]]:
-    """Seconds of every repetition of every contender, interleaved."""
+def measure(
+    contenders: dict[str, Callable[[], None]], repetitions: int, burst: int
+) -> dict[str, list[float]]:
+    """Seconds of every repetition of every contender, interleaved: the mean of a burst but for its first
+    run.
+    """
     for run in contenders.values():
         run()
         run()
@@ -127,9 +134,12 @@ def measure(contenders: dict[str, Callable[[], None]], repetitions: int) -> dict
     for repetition in range(repetitions):
         turn = repetition % len(names)
         for name in names[turn:] + names[:turn]:
+            if burst > 1:
+                contenders[name]()
             start = time.perf_counter()
-            contenders[name]()
-            seconds[name].append(time.perf_counter() - start)
+            for _ in range(max(1, burst - 1)):
+                contenders[name]()
+            seconds[name].append((time.perf_counter() - start) / max(1, burst - 1))
     return seconds
 
 
@@ -141,14 +151,16 @@ def interval(values: list[float]) -> tuple[float, float, float]:
     return statistics.median(ordered), ordered[low], ordered[high]
 
 
-def compare(rule: str, shapes: list[tuple[int, ...]], build: Any, repetitions: int) -> dict[str, Any]:
+def compare(
+    rule: str, shapes: list[tuple[int, ...]], build: Any, repetitions: int, burst: int
+) -> dict[str, Any]:
     """One row: milliseconds of every contender, and the ratio to torch's best."""
     ours, theirs = RULES[rule]
     gradients = [torch.randn(shape) for shape in shapes]
     contenders = {
         name: build(make, shapes, gradients) for name, make in {"downslope": ours, **theirs}.items()
     }
-    seconds = measure(contenders, repetitions)
+    seconds = measure(contenders, repetitions, burst)
     row: dict[str, Any] = {"rule": rule, "ms": {k: statistics.median(v) * 1e3 for k, v in seconds.items()}}
     if theirs:
         best = min(theirs, key=lambda name: statistics.median(seconds[name]))
@@ -175,42 +187,24 @@ def main() -> None:
     )
     parser.add_argument("--rules", nargs="*", default=list(RULES), choices=list(RULES), metavar="RULE")
     parser.add_argument("--repetitions", type=int, default=40)
+    parser.add_argument("--burst", type=int, default=5, help="steps in a row, small tensors only")
     parser.add_argument("--tables", nargs="*", default=["large", "small", "backward"], metavar="TABLE")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of tables")
     asked = parser.parse_args()
     both = [rule for rule in ("adamw", "momentum") if rule in asked.rules]
     plan: dict[str, tuple[str, Any, Any, list[str], int]] = {
-        "large": (
-            "Milliseconds a step, shapes of GPT-2 small (85 M numbers)",
-            gpt2(),
-            stepped,
-            asked.rules,
-            1,
-        ),
-        "small": ("Milliseconds a step, 400 tensors of 1 024 numbers", small(), stepped, asked.rules, 5),
-        "backward": (
-            "Milliseconds of forward, backward and step, GPT-2 small's blocks, 16 tokens",
-            gpt2(),
-            trained,
-            both,
-            1,
-        ),
-        "backward-small": (
-            "Milliseconds of forward, backward and step, 400 layers of 32 x 32",
-            small(),
-            trained,
-            both,
-            1,
-        ),
+        "large": ("a step, shapes of GPT-2 small (85 M numbers)", gpt2(), stepped, asked.rules, 1),
+        "small": ("a step, 400 tensors of 1 024 numbers", small(), stepped, asked.rules, asked.burst),
+        "backward": ("forward, backward and step, GPT-2 small's blocks, 16 tokens", gpt2(), trained, both, 1),
+        "backward-small": ("forward, backward and step, 400 layers of 32 x 32", small(), trained, both, 1),
     }
     chosen = [name for name in plan if name.removesuffix("-small") in asked.tables or name in asked.tables]
     found: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
     for name in chosen:
-        title, shapes, build, rules, more = plan[name]
-        rows = [compare(rule, shapes, build, asked.repetitions * more) for rule in rules]
-        found[name] = rows
+        title, shapes, build, rules, burst = plan[name]
+        found[name] = [compare(rule, shapes, build, asked.repetitions, burst) for rule in rules]
         if not asked.json:
-            table(title, rows)
+            table(f"Milliseconds of {title}", found[name])
     if asked.json:
         print(json.dumps(found, indent=2))
 
