@@ -8,8 +8,8 @@ ratios are taken repetition by repetition. Given are medians, and the 95 % inter
 order statistics. A ratio below 1 means that downslope is faster than the best path of torch. The thread count
 is torch's.
 
-Of the small tensors a repetition is `--burst` steps in a row, of which the first is not counted: it finds the
-caches full of what the other contenders did, and would time that. `--burst 1` counts it.
+Of the small tensors a repetition is the median of `--burst` steps in a row: the first steps find the caches full of
+what the other contenders did, and `--burst 1` times just that.
 """
 
 from __future__ import annotations
@@ -123,9 +123,7 @@ def trained(make: Make, shapes: list[tuple[int, ...]], _: list[Tensor]) -> Calla
 def measure(
     contenders: dict[str, Callable[[], None]], repetitions: int, burst: int
 ) -> dict[str, list[float]]:
-    """Seconds of every repetition of every contender, interleaved: the mean of a burst but for its first
-    run.
-    """
+    """Seconds of every repetition of every contender, interleaved: the median of each burst."""
     for run in contenders.values():
         run()
         run()
@@ -134,12 +132,12 @@ def measure(
     for repetition in range(repetitions):
         turn = repetition % len(names)
         for name in names[turn:] + names[:turn]:
-            if burst > 1:
+            times = []
+            for _ in range(burst):
+                start = time.perf_counter()
                 contenders[name]()
-            start = time.perf_counter()
-            for _ in range(max(1, burst - 1)):
-                contenders[name]()
-            seconds[name].append((time.perf_counter() - start) / max(1, burst - 1))
+                times.append(time.perf_counter() - start)
+            seconds[name].append(statistics.median(times))
     return seconds
 
 
@@ -187,7 +185,7 @@ def main() -> None:
     )
     parser.add_argument("--rules", nargs="*", default=list(RULES), choices=list(RULES), metavar="RULE")
     parser.add_argument("--repetitions", type=int, default=40)
-    parser.add_argument("--burst", type=int, default=5, help="steps in a row, small tensors only")
+    parser.add_argument("--burst", type=int, default=9, help="steps in a row, small tensors only")
     parser.add_argument("--tables", nargs="*", default=["large", "small", "backward"], metavar="TABLE")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of tables")
     asked = parser.parse_args()

@@ -552,3 +552,22 @@ def test_a_profiler_sees_the_step() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         train(model, optimizer, 1)
     assert "Optimizer.step#AdamW.step" in {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize("way", ["item", "update", "table"])
+def test_however_state_is_replaced_the_step_uses_it(way: str) -> None:
+    model = model_of()
+    optimizer = ds.Momentum(model.parameters(), lr=0.1)
+    train(model, optimizer, 2)
+    weight = model[0].weight
+    before, big = weight.detach().clone(), torch.full_like(weight, 100.0)
+    if way == "item":
+        optimizer.state[weight]["v"] = big
+    elif way == "update":
+        optimizer.state[weight].update(v=big)
+    else:
+        optimizer.state[weight] = {**optimizer.state[weight], "v": big}
+    train(model, optimizer, 1)
+    assert float((before - weight.detach()).min()) > 5
+    twin = copy.deepcopy(optimizer)
+    assert torch.equal(next(iter(twin.state.values()))["v"], optimizer.state[weight]["v"])

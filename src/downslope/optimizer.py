@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from operator import is_not, itemgetter
+from operator import is_not
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -22,7 +22,7 @@ from downslope.rules import Chain, Part, Rule, trace
 from downslope.rules import chain as make_chain
 from downslope.rules.rule import check
 from downslope.schedule import Schedule
-from downslope.state import restore
+from downslope.state import Slots, restore
 
 Parameters: TypeAlias = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -189,7 +189,7 @@ class Optimizer(torch.optim.Optimizer):
             "_program",
             "_members",
             "_member_groups",
-            "_held",
+            "_marks",
             "_entries",
             "_counts",
             "_seen",
@@ -253,8 +253,10 @@ class Optimizer(torch.optim.Optimizer):
         ]
         self._members = [p for _, p in members]
         self._member_groups = np.array([g for g, _ in members], dtype=np.int64)
+        self._marks: list[str] = []
+        for parameter, held in self.state.items():
+            self.state[parameter] = Slots(held, self._marks)
         self._entries = list(self.state.values())
-        self._held = {name: [slots[name] for slots in self._entries] for name in self._program.slots}
         slots = [{name: self.state[p][name] for name in self._program.slots} for p in self._members]
         known = self._names()
         names = [known[parameter] for parameter in self._members]
@@ -265,16 +267,15 @@ class Optimizer(torch.optim.Optimizer):
         counters = torch.from_numpy(self._counts)
         for i, parameter in enumerate(self._members):
             self.state[parameter]["t"] = counters[i]
+        self._marks.clear()
         self._seen: list[tuple[float, ...]] = []
         return self._update
 
     def _replaced(self) -> bool:
-        """Whether someone put another tensor into the state. Asked at every step: identities only."""
-        if len(self.state) != len(self._entries) or any(map(is_not, self.state.values(), self._entries)):
+        """Whether someone put another tensor, or another table, into the state."""
+        if self._marks or len(self.state) != len(self._entries):
             return True
-        return any(
-            any(map(is_not, map(itemgetter(name), self._entries), held)) for name, held in self._held.items()
-        )
+        return any(map(is_not, self.state.values(), self._entries))
 
     def _numbers(self) -> NDArray[np.float64]:
         """A row per number of the program, a column per parameter; built anew only when a group's numbers

@@ -15,6 +15,27 @@ from downslope.schedule import Schedule
 Following: TypeAlias = list[dict[tuple[str, int | None], Schedule]]
 
 
+class Slots(dict[str, Tensor]):
+    """The state of one parameter, as torch keeps it. It marks the list that all share when anything is put
+    in, so that no step goes on with a tensor that was replaced.
+    """
+
+    marks: list[str] = []  # noqa: RUF012 - a stand-in while a copy is being made
+
+    def __init__(self, values: Mapping[str, Tensor], marks: list[str]) -> None:
+        super().__init__(values)
+        self.marks = marks
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        super().__setitem__(name, value)
+        self.marks.append(name)
+
+    def update(self, *values: Any, **more: Any) -> None:
+        """As a dict does it, item by item."""
+        for name, value in dict(*values, **more).items():
+            self[name] = value
+
+
 @dataclass
 class Restored:
     """What a checkpoint becomes in this program: state by parameter, numbers and schedules by group, and what
