@@ -8,8 +8,8 @@ ratios are taken repetition by repetition. Given are medians, and the 95 % inter
 order statistics. A ratio below 1 means that downslope is faster than the best path of torch. The thread count
 is torch's.
 
-Of the small tensors a repetition is the median of `--burst` steps in a row: the first steps find the caches full of
-what the other contenders did, and `--burst 1` times just that.
+Of the small tensors a repetition is the median of `--burst` steps in a row: the first find the caches full
+of what the other contenders did, and `--burst 1` times just that.
 """
 
 from __future__ import annotations
@@ -109,12 +109,13 @@ def trained(make: Make, shapes: list[tuple[int, ...]], _: list[Tensor]) -> Calla
             nn.Sequential(nn.TransformerEncoder(block, 12, enable_nested_tensor=False)),
             torch.randn(1, 16, 768),
         )
+    y = torch.randn_like(x)  # a target that is out of reach, or gradients would fade into denormal numbers
     optimizer = make(list(net.parameters()))
 
     def both() -> None:
         for parameter in net.parameters():
             parameter.grad = None
-        net(x).square().mean().backward()
+        (net(x) - y).square().mean().backward()
         optimizer.step()
 
     return both
