@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from cases import CASES, draw
 from torch import nn
 
 import downslope as ds
-from downslope.kernels import compiled, cpu
+from downslope.kernels import compiled, cpu, threads
 from downslope.kernels.cpu import CHUNK
 from downslope.rules import LINKS, RULES, chain
 
@@ -142,9 +143,14 @@ def test_chunks_leave_no_seam(size: int) -> None:
         torch.testing.assert_close(parameter.data, want.data, rtol=1e-12, atol=1e-14)
 
 
-def test_thread_count_changes_no_bit() -> None:
+@pytest.mark.parametrize("way", ["torch's threads", "ours"])
+def test_thread_count_changes_no_bit(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way == "ours":
+        monkeypatch.setattr(threads, "openmp", lambda: None)
+    else:
+        assert threads.openmp() is not None, "this build of torch brings OpenMP; else ours do the work"
     weights, steps = draw(3, shapes=((5 * CHUNK + 11,), (70, 3), (4 * CHUNK,)))
-    threads = torch.get_num_threads()
+    before = torch.get_num_threads()
     found = []
     try:
         for count in (1, 2, 3, 5):
@@ -156,13 +162,13 @@ def test_thread_count_changes_no_bit() -> None:
                 optimizer.step()
             found.append([p.detach().clone() for p in parameters])
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
 def test_eager_sums_do_not_depend_on_threads() -> None:
     weights, steps = draw(1, shapes=((9 * CHUNK + 5,),))
-    threads, found = torch.get_num_threads(), []
+    before, found = torch.get_num_threads(), []
     try:
         for count in (1, 2, 4):
             torch.set_num_threads(count)
@@ -171,7 +177,7 @@ def test_eager_sums_do_not_depend_on_threads() -> None:
             ds.Optimizer(parameters, chain(ds.clip_norm(1.0), ds.sgd(lr=1.0))).step()
             found.append(parameters[0].detach().clone())
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
@@ -262,6 +268,15 @@ def test_a_step_between_forward_and_backward_raises() -> None:
         loss.backward()
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
 def test_a_forked_child_steps_alone() -> None:
     """A DataLoader worker that steps must neither hang on threads that fork did not copy nor on a lock held
     elsewhere.
@@ -279,7 +294,11 @@ def test_a_forked_child_steps_alone() -> None:
     assert os.waitstatus_to_exitcode(status) == 0
 
 
-def test_optimizers_may_step_at_the_same_time() -> None:
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("way", ["torch's threads", "ours"])
+def test_optimizers_may_step_at_the_same_time(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way == "ours":
+        monkeypatch.setattr(threads, "openmp", lambda: None)
     weights, steps = draw(1, shapes=((cpu.SERIAL * 2,),))
     single = parameters_of(weights)
     several = [parameters_of(weights) for _ in range(4)]
@@ -292,10 +311,10 @@ def test_optimizers_may_step_at_the_same_time() -> None:
             optimizer.step()
 
     work(single)
-    threads = [threading.Thread(target=work, args=(parameters,)) for parameters in several]
-    for thread in threads:
+    running = [threading.Thread(target=work, args=(parameters,)) for parameters in several]
+    for thread in running:
         thread.start()
-    for thread in threads:
+    for thread in running:
         thread.join()
     assert all(torch.equal(parameters[0], single[0]) for parameters in several)
 

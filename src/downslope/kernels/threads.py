@@ -24,17 +24,6 @@ GIL.
 _prototype = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
-class _Fork:
-    """Whether this process was forked from one that may have had threads, which are not there any more."""
-
-    happened = False
-
-    @classmethod
-    def note(cls) -> None:
-        cls.happened = True
-        _ours.__init__()  # type: ignore[misc]
-
-
 class _Worker:
     """A thread that waits for one job at a time; two bare locks hand over faster than a future does."""
 
@@ -84,8 +73,17 @@ class _Ours:
 
 
 _ours = _Ours()
+_forked = False
+
+
+def _after_fork() -> None:
+    """Threads do not survive a fork: a child runs everything on the thread that it has."""
+    global _ours, _forked
+    _ours, _forked = _Ours(), True
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_Fork.note)
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @cache
@@ -108,7 +106,7 @@ def spread(address: int, job: int, threads: int) -> None:
     """Run the compiled code at `address` on a job, on so many threads, this one included; back when it is
     done.
     """
-    if threads == 1 or _Fork.happened:
+    if threads == 1 or _forked:
         _callable(address)(job)
     elif (parallel := openmp()) is not None:
         parallel(address, job, threads, 0)
