@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import downslope.report.html as html
+from downslope.report import html
 
 # Machado, Oliveira and Fernandes 2009, "A Physiologically-based Model for Simulation of Color Vision
 # Deficiency", table 1, severity 1.0: linear RGB as seen.
