@@ -63,9 +63,8 @@ class Pass:
     def __init__(
         self, stage: Stage, table: NDArray[np.int64], parameters: int, slots: Sequence[str], dtype: Any
     ) -> None:
-        from downslope.kernels.compiled import (
-            load,
-        )  # numba takes half a second to import: only who steps pays
+        # numba takes half a second to import: only who steps pays that
+        from downslope.kernels.compiled import load
 
         self.start: int = load(source(stage, slots, np.dtype(dtype).name)).start.address
         self.scalars = np.zeros((parameters, len(stage.scalars)), dtype=dtype)
@@ -99,10 +98,8 @@ class CpuBucket:
         slots: Sequence[Mapping[str, Tensor]],
         index: Sequence[int],
     ) -> None:
-        self.parameters, self.slots = (
-            list(parameters),
-            list(slots),
-        )  # held, so that no pointer outlives its memory
+        # held, so that no pointer outlives its memory
+        self.parameters, self.slots = list(parameters), list(slots)
         self.index = np.array(index, dtype=np.int64)
         self.type = DTYPES[self.parameters[0].dtype]
         self.names = tuple(program.slots)
