@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from downslope.errors import BadInput
 from downslope.kernels import device
+from downslope.kernels.address import Trained
 from downslope.kernels.bucket import Member, initial
 from downslope.kernels.collective import agree
 from downslope.kernels.update import Update
@@ -46,8 +47,8 @@ class Machine:
         self.updates: dict[str, Update] = {}
         self.present: dict[str, list[list[int]]] = {}
         self.seen: dict[str, tuple[list[Any], list[NDArray[np.float64]]]] = {}
-        self.watched: list[Tensor] = []
-        self.trained: list[bool] = []
+        self.watched = Trained([])
+        self.trained = b""
         self.built = False
         self.scale = 1.0
 
@@ -65,7 +66,7 @@ class Machine:
             self._build()
         if primes:
             return None
-        trained = [parameter.requires_grad for parameter in self.watched]
+        trained = self.watched.look()
         if trained != self.trained:  # a frozen parameter stays, even if its gradient is still there, as zeros
             self.trained, self.updates, self.seen = trained, {}, {}
         active = self._update(kind).gather()
@@ -155,8 +156,8 @@ class Machine:
             for g, p in held
         ]
         # tensors that never asked for a gradient are stepped by those that they are given, as in torch
-        self.watched = [p for _, p in held if isinstance(p, nn.Parameter)]
-        self.trained = [parameter.requires_grad for parameter in self.watched]
+        self.watched = Trained([p for _, p in held if isinstance(p, nn.Parameter)])
+        self.trained = self.watched.look()
         self.vectors = self._vectors([(self.chains[g], p) for g, p in held])
         self.marks.clear()
         self.seen = {}
@@ -200,7 +201,8 @@ class Machine:
     def _programs(self, kind: str) -> list[tuple[Program, list[int]]]:
         """The program of every chain that has parameters, and their places."""
         plans: dict[int, list[int]] = {}
-        stays = {id(p) for p, on in zip(self.watched, self.trained, strict=True) if not on}
+        asked = np.frombuffer(self.trained, dtype=np.int64)
+        stays = {id(p) for p, on in zip(self.watched.parameters, asked, strict=True) if not on}
         for i, g in enumerate(self.owner):
             if kind != "evaluation" and id(self.members[i].parameter) in stays:
                 continue

@@ -319,8 +319,7 @@ class Optimizer(torch.optim.Optimizer):
     def _overflowed(self, machine: Machine) -> bool:
         """Whether a GradScaler found an overflow, here or on any other rank."""
         found = getattr(self, "found_inf", None)
-        shares = [member.share for member in machine.members]
-        return found is not None and averaged(float(found), shares) > 0
+        return found is not None and averaged(float(found), [member.share for member in machine.members]) > 0
 
     def _check_gradients(self) -> None:
         """Where a GradScaler drives, say that there is no gradient; it would only say that it saw none."""

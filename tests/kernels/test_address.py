@@ -11,7 +11,7 @@ from torch import nn
 
 import downslope as ds
 from downslope.kernels import address
-from downslope.kernels.address import PLAIN, SOME_MISSING, SOME_ODD, Addresses
+from downslope.kernels.address import PLAIN, SOME_MISSING, SOME_MOVED, SOME_ODD, Addresses, Trained
 
 GRADIENTS: list[tuple[Any, int]] = [
     (lambda: torch.ones(4, 3), PLAIN),
@@ -77,6 +77,33 @@ def test_versions_count_what_was_written(way: str, monkeypatch: pytest.MonkeyPat
     assert [p._version for p in parameters] == [version + 1 for version in before]
 
 
+@pytest.mark.parametrize("way", ["native", "python"])
+def test_who_asks_for_a_gradient(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way == "python":
+        monkeypatch.setattr(address, "native", lambda: None)
+    parameters = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    watch = Trained(parameters)
+    first = watch.look()
+    parameters[1].requires_grad_(False)
+    assert np.frombuffer(first, np.int64).tolist() == [1, 1, 1]
+    assert np.frombuffer(watch.look(), np.int64).tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("way", ["native", "python"])
+def test_memory_that_moved_is_noticed(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way == "python":
+        monkeypatch.setattr(address, "native", lambda: None)
+    weight = nn.Parameter(torch.zeros(4))
+    weight.grad = torch.ones(4)
+    seen = Addresses([weight])
+    assert seen.look() == PLAIN
+    weight.grad = None
+    weight.data = weight.data[:2]  # the same address, another size
+    assert seen.look() & SOME_MOVED
+    weight.data = torch.zeros(4)
+    assert seen.look() & SOME_MOVED
+
+
 def test_handles_keep_nothing_alive_for_ever() -> None:
     import gc
     import weakref
@@ -98,4 +125,8 @@ def test_a_torch_that_answers_otherwise_is_asked_through_python(monkeypatch: pyt
     finally:
         monkeypatch.undo()
         address.native.cache_clear()
-    assert np.array_equal(Addresses([nn.Parameter(torch.zeros(2))]).weights, [0])
+    weight = nn.Parameter(torch.zeros(2))
+    seen = Addresses([weight])
+    assert seen.look() == SOME_MISSING
+    weight.data = torch.zeros(2)
+    assert seen.look() == SOME_MISSING | SOME_MOVED

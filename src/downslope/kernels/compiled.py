@@ -67,6 +67,21 @@ def pointer(typing_context, address):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def prefetch(typing_context, address):  # type: ignore[no-untyped-def]
+    """Ask for the memory at an address, which will be read soon; no fault if it is not there."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        word = ir.IntType(32)
+        place = builder.inttoptr(arguments[0], cgutils.voidptr_t)
+        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, word, word, word])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [place, word(0), word(3), word(1)])
+        return context.get_dummy_value()
+
+    return numba_types.void(numba_types.int64), generate
+
+
+@intrinsic
 def claim(typing_context, address, count):  # type: ignore[no-untyped-def]
     """Add `count` to the number at `address`, in one step that no thread can split; what it was before."""
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from downslope.kernels.address import PLAIN, SOME_ODD, Addresses
+from downslope.kernels.address import PLAIN, SOME_MOVED, SOME_ODD, Addresses
 from downslope.kernels.bucket import Floats, Member, Table, refuse_sparse
 from downslope.kernels.source import fixed, runs, source
 from downslope.kernels.threads import spread
@@ -100,7 +100,7 @@ class Pass:
     def run(self, scalars: NDArray[np.float64], threads: int) -> None:
         """Work through the whole table."""
         with np.errstate(over="ignore"):
-            self.scalars[...] = scalars
+            self.scalars[: len(scalars)] = scalars
         self.cursor[0], self.cursor[1] = 0, max(1, len(self.table) // (16 * threads))
         spread(self.start, self.address, threads)
 
@@ -125,6 +125,7 @@ class CpuBucket:
         self.owner = np.repeat(np.arange(len(sizes)), chunks)
         self.begin = (np.arange(len(self.owner)) - np.repeat(np.cumsum(chunks) - chunks, chunks)) * CHUNK
         self.lengths = np.minimum(CHUNK, sizes[self.owner] - self.begin)
+        self.whole = np.array_equal(self.owner, np.arange(len(sizes)))  # as where all tensors are small
         self.column = {name: fixed(program) + place for place, name in enumerate(program.names)}
         self.table = np.zeros((len(self.owner), fixed(program) + len(self.column)), dtype=np.int64)
         self.table[:, 0], self.table[:, 1] = self.lengths, self.owner
@@ -132,17 +133,18 @@ class CpuBucket:
             before = np.array([member.share.offset if member.share else 0 for member in members])
             self.table[:, 2] = before[self.owner] + self.begin
         self.addresses = Addresses([member.parameter for member in members], self.weights)
-        self.addresses.look()
-        self.found = self.addresses.weights.copy()
-        self._point("p", self.found, self.weights[0].itemsize)
+        self._point("p", self.addresses.weights, self.weights[0].itemsize)
         for name, slot in program.slots.items():
             if slot.per == "element":
                 self.lay({name: [member.slots[name] for member in members]})
         self.everyone = self.active = np.ones(len(sizes), dtype=bool)
+        self.alike = False
         self.serial = int(sizes.sum()) <= SERIAL
 
     def _point(self, name: str, addresses: NDArray[np.int64], itemsize: int) -> None:
-        self.table[:, self.column[name]] = addresses[self.owner] + self.begin * itemsize
+        if not self.whole:
+            addresses = addresses[self.owner] + self.begin * itemsize
+        self.table[:, self.column[name]] = addresses
 
     def lay(self, arrays: Mapping[str, list[Tensor]]) -> None:
         """Point the table at arrays, by name one tensor a member, contiguous as the weights are."""
@@ -157,7 +159,7 @@ class CpuBucket:
         None if a parameter's memory moved since the table was made (`p.data = …`, `module.to(…)`).
         """
         found = self.addresses.look()
-        if not np.array_equal(self.addresses.weights, self.found):
+        if found & SOME_MOVED:
             return None
         if not everyone and found & SOME_ODD and any(map(_finer, self.members)):
             return None
@@ -214,5 +216,8 @@ class CpuBucket:
             keys = np.array(noise[node], dtype=np.uint64)[self.index].view(np.int64)
             self.table[:, 3 + place] = keys[self.owner]
         done = self.passes[id(stage)]
-        done.run(scalars[self.index], 1 if self.serial else torch.get_num_threads())
+        alike = scalars.strides[0] == 0  # one row, seen as many
+        if alike is not self.alike:
+            self.alike, self.table[:, 1] = alike, 0 if alike else self.owner
+        done.run(scalars[:1] if alike else scalars[self.index], 1 if self.serial else torch.get_num_threads())
         return done

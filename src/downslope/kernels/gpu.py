@@ -80,7 +80,7 @@ def sent(array: NDArray[Any], device: torch.device) -> Tensor:
     """A copy of the array on the device; the host does not wait for it."""
     if device.type == "cpu":
         return torch.from_numpy(array.copy())
-    return torch.from_numpy(array).pin_memory().to(device, non_blocking=True)
+    return torch.from_numpy(np.ascontiguousarray(array)).pin_memory().to(device, non_blocking=True)
 
 
 class GpuBucket(cpu.CpuBucket):
@@ -97,15 +97,14 @@ class GpuBucket(cpu.CpuBucket):
         self.copies, self.arrays = [], {}
         self.lengths = self.sizes = np.array([weight.numel() for weight in self.weights], dtype=np.int64)
         self.owner, self.begin = np.arange(len(members)), np.zeros(len(members), dtype=np.int64)
+        self.whole = True
         self.column = {name: fixed(program) + place for place, name in enumerate(program.names)}
         self.table = np.zeros((len(members), columns(program)), dtype=np.int64)
         self.table[:, 0], self.table[:, 1] = self.sizes, self.index
         if program.noises:
             self.table[:, 2] = [member.share.offset if member.share else 0 for member in members]
         self.addresses = Addresses([member.parameter for member in members], self.weights)
-        self.addresses.look()
-        self.found = self.addresses.weights.copy()
-        self._point("p", self.found, self.weights[0].itemsize)
+        self._point("p", self.addresses.weights, self.weights[0].itemsize)
         for name, slot in program.slots.items():
             if slot.per == "element":
                 self.lay({name: [member.slots[name] for member in members]})

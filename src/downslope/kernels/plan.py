@@ -40,6 +40,9 @@ class Plan:
         self.counters = [node for node in program.nodes if node.word_name in ("t", "step", "count", "slot")]
         self.shapes = [tuple(member.shape) for member in self.members]
         self.sized: dict[str, Floats] = {}
+        self.filled: set[int] = set()
+        rows = [np.zeros(columns.shape[1]) for columns in self.columns]
+        self.rows = [(row, np.broadcast_to(row, (len(places), len(row)))) for row in rows]
         self.numbers: Floats | None = None
         self.steady: dict[Node, Any] = {}
         self.known: dict[Node, Any] = {}
@@ -83,7 +86,7 @@ class Plan:
         self.known, self.active = dict(self.steady), active[self.places]
         for node in self.counters:
             if node.word_name == "t":
-                self.known[node] = t[self.places].astype(np.float64)
+                self.known[node] = _shared(t[self.places].astype(np.float64))
             elif node.word_name == "step":
                 self.known[node] = np.float64(step)
             elif node.word_name == "count":
@@ -103,20 +106,32 @@ class Plan:
 
     def pass_over(self, depth: int) -> tuple[Floats, NDArray[np.int64]] | None:
         """Run a stage: partial results and their owners; None of the last stage, which writes."""
-        stage, columns = self.program.stages[depth], self.columns[depth]
+        stage = self.program.stages[depth]
         if self.program.lends:
             self._lend(stage)
         else:
             fold(self.orders[depth], self.known)
-        for place, node in enumerate(stage.scalars):
-            if node not in self.steady:
-                columns[:, place] = self.known[node]
+        columns = self._columns(depth)
         if stage.last:
             for bucket in self.buckets:
                 bucket.apply(stage, columns, self.noise)
             return None
         parts = [bucket.reduce(stage, columns, self.noise) for bucket in self.buckets]
         return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+
+    def _columns(self, depth: int) -> Floats:
+        """The scalars of a stage, a row a member; one row, seen as many, where all members have the same."""
+        nodes, table = self.program.stages[depth].scalars, self.columns[depth]
+        values = [self.known[node] for node in nodes]
+        if all(value.size == 1 for value in values):
+            row, seen_as_many = self.rows[depth]
+            row[:] = [value.item() for value in values]
+            return seen_as_many
+        for place, (node, value) in enumerate(zip(nodes, values, strict=True)):
+            if node not in self.steady or depth not in self.filled:
+                table[:, place] = value
+        self.filled.add(depth)
+        return table
 
     def alarm(self) -> bool:
         """Whether the guard found the norm of the gradients not finite, in the pass just made."""
@@ -156,17 +171,14 @@ class Plan:
     def _settle(self, numbers: Floats) -> None:
         """Compute what follows from numbers alone, once for all steps until they change."""
         self.numbers = numbers
-        rows = {key: numbers[place] for place, key in enumerate(self.program.numbers)}
+        rows = {key: _shared(numbers[place]) for place, key in enumerate(self.program.numbers)}
         self.steady = constants(self.program.nodes)
         self.steady |= {node: rows[node.payload] for node in self.program.nodes if node.word_name == "number"}
         for node in self.program.nodes:
             settled = node.operands and all(operand in self.steady for operand in node.operands)
             if settled and node.kind < Class.LENT and node.word_name not in REDUCTIONS:
                 fold([node], self.steady)
-        for stage, columns in zip(self.program.stages, self.columns, strict=True):
-            for place, node in enumerate(stage.scalars):
-                if node in self.steady:
-                    columns[:, place] = self.steady[node]
+        self.filled = set()
 
     def _lend(self, stage: Stage) -> None:
         """Let the library compute what this stage needs, and lay it out."""
@@ -208,6 +220,12 @@ class Plan:
             if found is not None:
                 numbers[bucket.index] = found
         self.known[node] = numbers
+
+
+def _shared(values: Floats) -> Floats:
+    """A single entry where every member has the same: what follows from it is then computed once."""
+    bits = values.view(np.int64)
+    return values[:1] if (bits == bits[0]).all() else values
 
 
 def _kinds(

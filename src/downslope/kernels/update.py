@@ -49,6 +49,9 @@ class Update:
             for program, places in programs
             if len(places)
         ]
+        wanted = {node.payload for plan in self.plans for node in plan.counters if node.word_name == "count"}
+        self.counted = sorted(wanted & {"group", "all"})
+        self.buckets = [bucket for plan in self.plans for bucket in plan.buckets]
         self.shares = [member.share for member in members]
         self.sharded = any(share is not None for share in self.shares)
 
@@ -56,11 +59,6 @@ class Update:
     def names(self) -> list[str]:
         """The parameters' names."""
         return [member.name for member in self.members]
-
-    @property
-    def buckets(self) -> list[Any]:
-        """What the executors step together."""
-        return [bucket for plan in self.plans for bucket in plan.buckets]
 
     def gather(self, everyone: bool = False) -> NDArray[np.bool_] | None:
         """Look up this step's gradients; which parameters have one. None if a parameter's memory moved, so
@@ -115,8 +113,7 @@ class Update:
 
     def _counts(self, active: NDArray[np.bool_]) -> dict[str, Floats]:
         """How many numbers are stepped in the scopes that a program asks of."""
-        wanted = {node.payload for plan in self.plans for node in plan.counters if node.word_name == "count"}
-        return {over: self._within(over, self.sizes * active) for over in wanted & {"group", "all"}}
+        return {over: self._within(over, self.sizes * active) for over in self.counted}
 
     def _within(self, over: str, values: Floats) -> Floats:
         if over == "all":
