@@ -360,6 +360,8 @@ def test_nested_use_of_one_average_and_of_two() -> None:
         with slow.swapped():
             assert_same_bits(bits(model), outer)
         assert_same_bits(bits(model), outer)
+        with pytest.raises(BadInput, match="in place"):
+            slow.update()
         with fast.swapped():
             assert torch.equal(model.inner.weight, fast.state()["tensors"]["inner.weight"])
         assert_same_bits(bits(model), outer)
@@ -632,6 +634,10 @@ def test_what_is_loaded_is_checked_whole_and_says_what_it_lacks() -> None:
     assert average.load(saved) == ("1.weight", "1.bias")
     average.update()
     assert average.state()["numbers"]["since"] == {"1.weight": 1, "1.bias": 1}
+    whole_state = average.state()
+    average.load(saved)
+    assert [*average.state()["tensors"]] == ["0.weight", "0.bias"]
+    average.load(whole_state)
     with pytest.raises(BadInput, match=r"the saved average has 1\.weight, 1\.bias, which the model does not"):
         small.load(average.state())
     assert small.state()["numbers"] == saved["numbers"]
