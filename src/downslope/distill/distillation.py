@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from downslope.distill import feature, logit
 from downslope.distill.cache import TopK, checked_temperature
 from downslope.distill.layer import captured, layers, logits_of, regressor
-from downslope.distill.position import Count, counted, share
+from downslope.distill.position import Count, counted, shared
 from downslope.distill.teacher import Teacher, Teachers
 from downslope.errors import BadInput, nearest
 
@@ -27,7 +27,7 @@ class Seen:
     pairs: list[tuple[Tensor, Tensor]]
     targets: Tensor
     count: Count
-    share: float | Tensor
+    own: int | Tensor  # positions counted in this batch
 
 
 class Distillation:
@@ -66,9 +66,9 @@ class Distillation:
         with captured(model, self._own()) as own:
             output = logits_of(model(inputs))
         answer, theirs = self._taught(inputs, batch[2:], own)
-        part = share(self._positions(output, targets), count)
+        positions = self._positions(output, targets)
         pairs = [(self._led(mine, own[mine]), theirs[other]) for mine, other in self.layers.items()]
-        seen = Seen(output, answer, pairs, targets, count, part)
+        seen = Seen(output, answer, pairs, targets, count, positions)
         soft = sum(weight * TERMS[name](self, seen) for name, weight in self.weights.items())
         return (1 - logit.checked_share(self.alpha)) * self._hard(seen) + self.alpha * soft
 
@@ -127,7 +127,7 @@ class Distillation:
 
     def _hard(self, seen: Seen) -> Tensor:
         if self.hard is not None:
-            return self.hard(seen.student, seen.targets) * seen.share
+            return shared(self.hard(seen.student, seen.targets), seen.own, seen.count)
         return logit.cross_entropy(
             seen.student, seen.targets, ignore_index=self.ignore_index, count=seen.count
         )
@@ -162,7 +162,7 @@ def distill(
     weights = {method: 1.0} if isinstance(method, str) else method
     pairs = dict(layers) if isinstance(layers, Mapping) else {name: name for name in layers}
     made = Distillation(
-        Teacher(teacher) if isinstance(teacher, nn.Module) else teacher,
+        teacher if isinstance(teacher, Teacher | Teachers | TopK | None) else Teacher(teacher),
         weights,
         temperature=temperature,
         alpha=alpha,
@@ -225,7 +225,7 @@ def _placed(term: Callable[..., Tensor]) -> Callable[[Distillation, Seen], Tenso
 
 def _related(term: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Distillation, Seen], Tensor]:
     def of(_loss: Distillation, seen: Seen) -> Tensor:
-        return torch.stack([term(*pair) for pair in seen.pairs]).sum() * seen.share
+        return shared(torch.stack([term(*pair) for pair in seen.pairs]).sum(), seen.own, seen.count)
 
     return of
 

@@ -46,9 +46,9 @@ def mean(terms: Tensor, mask: Tensor | None, count: Count = None) -> Tensor:
     return total / _at_least_one(own if count is None else count)
 
 
-def share(own: int | Tensor, count: Count) -> float | Tensor:
-    """What part of the whole batch these `own` positions are: by it a mean over them enters the whole."""
-    return 1.0 if count is None else own / _at_least_one(count)
+def shared(value: Tensor, own: int | Tensor, count: Count) -> Tensor:
+    """The mean `value` over `own` positions as its part of a mean over `count` of them."""
+    return value if count is None else value * own / _at_least_one(count)
 
 
 def _at_least_one(count: float | Tensor) -> float | Tensor:
