@@ -204,8 +204,9 @@ class Lender:
     def _reduced(self, batch: Batch, node: Node, value: Tensor) -> Tensor:
         name, over = node.word_name.split(" of ")
         if over in LINES:
-            value = value.expand(len(batch.members), *view(batch.shape))
             axes = tuple(axis + 1 for axis in lines(over, batch.shape))
+            full = (len(batch.members), *view(batch.shape))
+            value = value.expand([full[i] if i in axes else size for i, size in enumerate(value.shape)])
         else:
             axes = tuple(range(1, value.ndim))
         return reduced(name, value, axes).to(value.dtype)

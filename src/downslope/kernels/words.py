@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from downslope.kernels import sums
 from downslope.rules.trace import Node
 
 
@@ -93,6 +94,8 @@ def reduced(name: str, values: Tensor, axes: tuple[int, ...]) -> Tensor:
     if name == "largest":
         empty = any(values.shape[axis] == 0 for axis in axes)
         return values.sum(axes, keepdim=True) if empty else values.abs().amax(axes, keepdim=True)
+    if sums.takes(name, values, axes):
+        return sums.reduce(name, values, axes)
     wide = values if values.device.type == "mps" else values.double()
     return (wide * wide if name == "squares" else wide).sum(axes, keepdim=True)
 

@@ -156,7 +156,9 @@ class Trace:
         if name == "mod" and kind > Class.ROW:
             raise BadInput("mod is for counters and numbers, of which there is one a tensor.")
         shapes = {node.shape for node in nodes if node.kind is Class.LENT}
-        shape = shapes.pop() if kind is Class.LENT and len(shapes) == 1 else "element"
+        if kind is Class.LENT and len(shapes) > 1:
+            kind = Class.ELEMENT  # a row by a column: what spans the weight is not for a library
+        shape = shapes.pop() if kind is Class.LENT else "element"
         return self.node(name, nodes, kind, depth, None, shape)
 
 
