@@ -16,21 +16,24 @@ Call = Callable[[nn.Module, Any], Any]
 
 
 @contextmanager
-def untouched(*models: nn.Module) -> Iterator[None]:
+def untouched(*of: nn.Module | Tensor) -> Iterator[None]:
     """Whatever runs inside leaves no trace on the models but in their weights, also if it raises.
 
     Modes and buffers are put back, and the global generators of python, numpy and torch (on the CPU and on
-    the models' devices). Inside, the models work on copies of their buffers: a graph that is alive stays
-    valid, and no averaged or shared buffer is written. Not for what forward keeps in plain attributes.
+    the devices of the models, or of tensors given beside them). Inside, the models work on copies of their
+    buffers: a graph that is alive stays valid, and no averaged or shared buffer is written. Not for what
+    forward keeps in plain attributes.
 
     >>> norm = nn.BatchNorm1d(2)
     >>> with untouched(norm): _ = norm(torch.randn(8, 2))
     >>> norm.running_mean.tolist(), int(norm.num_batches_tracked)
     ([0.0, 0.0], 0)
     """
+    models = [each for each in of if isinstance(each, nn.Module)]
     modules = list(dict.fromkeys(module for model in models for module in model.modules()))
     before = [(module, module.training, dict(module._buffers)) for module in modules]
-    tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+    tensors = [each for each in of if isinstance(each, Tensor)]
+    tensors += [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
     indices: dict[str, set[int]] = {}
     for device in {tensor.device for tensor in tensors} - {torch.device("cpu"), torch.device("meta")}:
         indices.setdefault(device.type, set()).add(device.index or 0)
