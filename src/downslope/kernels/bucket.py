@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -66,11 +66,15 @@ class Member:
 
 
 class Bucket(Protocol):
-    """Parameters that one executor steps together. `index` are their places in the plan of the program."""
+    """Parameters that one executor steps together. `index` are their places in the plan of the program,
+    `lines` the lent arrays that it takes with a number a line.
+    """
 
     index: NDArray[np.int64]
     members: list[Member]
 
+    @property
+    def lines(self) -> Container[str]: ...
     def gather(self, everyone: bool = False) -> NDArray[np.bool_] | None: ...
     def lay(self, arrays: Mapping[str, list[Tensor]]) -> None: ...
     def reduce(self, stage: Stage, scalars: Floats, noise: Table) -> tuple[Floats, NDArray[np.int64]]: ...

@@ -18,7 +18,7 @@ from typing import Any, cast
 import llvmlite.binding
 import llvmlite.ir as ir
 import numba
-from numba import cfunc, njit
+from numba import carray, cfunc, njit  # type: ignore[attr-defined]
 from numba.core import cgutils
 from numba.core import types as numba_types
 from numba.extending import intrinsic
@@ -56,6 +56,27 @@ def fused(a, b, c):  # type: ignore[no-untyped-def]
     return a * b + c
 
 
+@njit(inline="never")
+def unroll(out, address, begin, length, span, run):  # type: ignore[no-untyped-def]
+    """Fill `out` with what elements `begin` and on of a weight read of an array of lines: the element at
+    `flat` reads the entry at `flat // span * run + flat % run`.
+    """
+    values, done = carray(pointer(address), (1,), out.dtype), 0  # type: ignore[call-arg]
+    while done < length:  # type: ignore[unreachable]
+        flat = begin + done
+        start = flat // span * run + flat % run
+        if run == 1:
+            count, step = min(span - flat % span, length - done), 0
+        else:
+            count, step = min(run - flat % run, length - done), 1
+        if step == 0:
+            out[done : done + count] = values[start]
+        else:
+            for j in range(count):
+                out[done + j] = values[start + j]
+        done += count
+
+
 @intrinsic
 def pointer(typing_context, address):  # type: ignore[no-untyped-def]
     """An address as a pointer that carray takes."""
@@ -64,21 +85,6 @@ def pointer(typing_context, address):  # type: ignore[no-untyped-def]
         return builder.inttoptr(arguments[0], cgutils.voidptr_t)
 
     return numba_types.voidptr(numba_types.int64), generate
-
-
-@intrinsic
-def prefetch(typing_context, address):  # type: ignore[no-untyped-def]
-    """Ask for the memory at an address, which will be read soon; no fault if it is not there."""
-
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        word = ir.IntType(32)
-        place = builder.inttoptr(arguments[0], cgutils.voidptr_t)
-        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, word, word, word])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [place, word(0), word(3), word(1)])
-        return context.get_dummy_value()
-
-    return numba_types.void(numba_types.int64), generate
 
 
 @intrinsic

@@ -13,13 +13,11 @@ from torch import Tensor
 
 from downslope.kernels.address import PLAIN, SOME_MOVED, SOME_ODD, Addresses
 from downslope.kernels.bucket import Floats, Member, Table, refuse_sparse
-from downslope.kernels.source import fixed, runs, source
+from downslope.kernels.source import CHUNK, fixed, lines, runs, source, width
 from downslope.kernels.threads import spread
 from downslope.kernels.words import compute_type
+from downslope.rules.shape import spanned, view
 from downslope.rules.trace import Program, Stage
-
-CHUNK = 32_768
-"""Numbers per row of the table. Fixed, so that sums do not depend on the number of threads."""
 
 SERIAL = 131_072
 """Up to this many numbers one thread is faster than the hand-over to a second."""
@@ -127,8 +125,11 @@ class CpuBucket:
         self.lengths = np.minimum(CHUNK, sizes[self.owner] - self.begin)
         self.whole = np.array_equal(self.owner, np.arange(len(sizes)))  # as where all tensors are small
         self.column = {name: fixed(program) + place for place, name in enumerate(program.names)}
-        self.table = np.zeros((len(self.owner), fixed(program) + len(self.column)), dtype=np.int64)
+        self.lines = lines(program)
+        self.table = np.zeros((len(self.owner), width(program)), dtype=np.int64)
         self.table[:, 0], self.table[:, 1] = self.lengths, self.owner
+        if self.lines:
+            self.table[:, min(self.lines.values()) - 1] = self.begin
         if program.noises:
             before = np.array([member.share.offset if member.share else 0 for member in members])
             self.table[:, 2] = before[self.owner] + self.begin
@@ -147,11 +148,19 @@ class CpuBucket:
         self.table[:, self.column[name]] = addresses
 
     def lay(self, arrays: Mapping[str, list[Tensor]]) -> None:
-        """Point the table at arrays, by name one tensor a member, contiguous as the weights are."""
+        """Point the table at arrays, by name one tensor a member, contiguous as the weights are; or
+        of a number a line.
+        """
         for name, held in arrays.items():
             self.arrays[name] = held  # held, as the table knows only addresses
             addresses = np.array([tensor.data_ptr() for tensor in held], dtype=np.int64)
-            self._point(name, addresses, held[0].itemsize)
+            if name in self.lines:
+                pairs = zip(held, self.members, strict=True)
+                spans = np.array([spanned(view(t.shape), view(m.weight.shape)) for t, m in pairs])
+                self.table[:, self.lines[name] : self.lines[name] + 2] = spans[self.owner]
+                self.table[:, self.column[name]] = addresses[self.owner]
+            else:
+                self._point(name, addresses, held[0].itemsize)
 
     def gather(self, everyone: bool = False) -> NDArray[np.bool_] | None:
         """Point the table at this step's gradients; a row without one gets length 0. Which have one.

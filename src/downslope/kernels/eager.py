@@ -4,7 +4,7 @@ always works.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ bits.
 
 class EagerBucket:
     """Parameters stepped one by one with torch. `index` are their places among all that a program steps."""
+
+    lines: Container[str] = ()
 
     def __init__(self, program: Program, members: Sequence[Member], index: Sequence[int]) -> None:
         self.program, self.members = program, list(members)

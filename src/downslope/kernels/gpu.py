@@ -97,7 +97,7 @@ class GpuBucket(cpu.CpuBucket):
         self.copies, self.arrays = [], {}
         self.lengths = self.sizes = np.array([weight.numel() for weight in self.weights], dtype=np.int64)
         self.owner, self.begin = np.arange(len(members)), np.zeros(len(members), dtype=np.int64)
-        self.whole = True
+        self.whole, self.lines = True, {}
         self.column = {name: fixed(program) + place for place, name in enumerate(program.names)}
         self.table = np.zeros((len(members), columns(program)), dtype=np.int64)
         self.table[:, 0], self.table[:, 1] = self.sizes, self.index

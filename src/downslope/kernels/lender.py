@@ -6,7 +6,7 @@ matrix a weight, so nothing is copied to be batched, and what comes back is read
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 from downslope.kernels.bucket import Member
 from downslope.kernels.words import TORCH_WORDS, reduced
 from downslope.rules.matrix_words import NEWTON_SCHULZ, STEPS
-from downslope.rules.shape import counted, lines, view
+from downslope.rules.shape import counted, lines, spanned, view
 from downslope.rules.trace import Class, Node, Program
 from downslope.rules.value import LINES
 
@@ -88,8 +88,8 @@ SQUARES = ("left", "right", "turned")
 class Batch:
     """Weights of one shape: their places in the bucket, and the lent values of this step, stacked."""
 
-    def __init__(self, shape: Sequence[int], members: Sequence[int], empty: bool) -> None:
-        self.shape, self.members, self.empty = tuple(shape), list(members), empty
+    def __init__(self, shape: Sequence[int], members: Sequence[int], empty: bool, shared: bool) -> None:
+        self.shape, self.members, self.empty, self.shared = tuple(shape), list(members), empty, shared
         self.values: dict[Node, Tensor] = {}
 
 
@@ -110,7 +110,10 @@ class Lender:
         shapes: dict[tuple[int, ...], list[int]] = {}
         for place, member in enumerate(members):
             shapes.setdefault(tuple(member.shape), []).append(place)
-        self.batches = [Batch(shape, held, not np.prod(shape)) for shape, held in shapes.items()]
+        self.batches = [
+            Batch(shape, held, not np.prod(shape), any(members[i].share for i in held))
+            for shape, held in shapes.items()
+        ]
         self.works: dict[str, list[Tensor]] = {}
         self.scratch: dict[tuple[Node, int], Tensor] = {}
         for name, node in program.works.items():
@@ -151,14 +154,18 @@ class Lender:
         for batch in self.batches:
             batch.values[node] = batch.values[other]
 
-    def offer(self, lent: Mapping[Node, str]) -> dict[str, list[Tensor]]:
-        """What came back, as the arrays that a pass reads: by name one tensor a member."""
+    def offer(self, lent: Mapping[Node, str], lines: Container[str] = ()) -> dict[str, list[Tensor]]:
+        """What came back, as the arrays that a pass reads: by name one tensor a member, as large as the
+        weight; of those in `lines` only a number a line.
+        """
         arrays: dict[str, list[Tensor]] = {}
         for node, name in lent.items():
             arrays[name] = made = [torch.empty(0)] * len(self.members)
             for batch in self.batches:
-                full = (len(batch.members), *view(batch.shape))
-                value = batch.values[node].expand(full).to(self.dtype).contiguous()
+                value, seen = batch.values[node], view(batch.shape)
+                short = name in lines and spanned(value.shape[1:], seen) and not batch.shared
+                full = (len(batch.members), *(value.shape[1:] if short else seen))
+                value = value.expand(full).to(self.dtype).contiguous()
                 for row, i in enumerate(batch.members):
                     share = self.members[i].share
                     made[i] = value[row] if share is None else share.part(value[row].reshape(batch.shape))

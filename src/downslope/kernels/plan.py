@@ -42,7 +42,7 @@ class Plan:
         self.sized: dict[str, Floats] = {}
         self.filled: set[int] = set()
         rows = [np.zeros(columns.shape[1]) for columns in self.columns]
-        self.rows = [(row, np.broadcast_to(row, (len(places), len(row)))) for row in rows]
+        self.alike = [(row, np.broadcast_to(row, (len(places), len(row)))) for row in rows]
         self.numbers: Floats | None = None
         self.steady: dict[Node, Any] = {}
         self.known: dict[Node, Any] = {}
@@ -124,7 +124,7 @@ class Plan:
         nodes, table = self.program.stages[depth].scalars, self.columns[depth]
         values = [self.known[node] for node in nodes]
         if all(value.size == 1 for value in values):
-            row, seen_as_many = self.rows[depth]
+            row, seen_as_many = self.alike[depth]
             row[:] = [value.item() for value in values]
             return seen_as_many
         for place, (node, value) in enumerate(zip(nodes, values, strict=True)):
@@ -186,7 +186,7 @@ class Plan:
         for node in wanted:
             self._settle_node(node)
         for bucket, lender in zip(self.buckets, self.lenders, strict=True):
-            bucket.lay(lender.offer(stage.lent))
+            bucket.lay(lender.offer(stage.lent, bucket.lines))
 
     def _settle_node(self, node: Node) -> None:
         """Make a scalar or lent node known. A choice by something that the host knows computes one side."""

@@ -5,7 +5,7 @@ The rows of weight and state are gathered into dense tensors, stepped there like
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,6 +22,8 @@ from downslope.rules.trace import Program, Stage
 
 class RowsBucket:
     """Parameters whose gradients are row-sparse; a dense gradient sends its parameter elsewhere."""
+
+    lines: Container[str] = ()
 
     def __init__(self, program: Program, members: Sequence[Member], index: Sequence[int]) -> None:
         self.program, self.members = program, list(members)

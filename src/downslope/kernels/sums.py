@@ -1,7 +1,7 @@
 """Sums along the lines of large tensors, taken in float64 without a float64 copy, which torch would make.
 
-A tensor is seen as (outer, along, inner), where `along` is summed. Whatever the number of threads, one of them
-adds up a whole line, from its start to its end.
+A tensor is seen as (outer, along, inner), where `along` is summed. Whatever the number of threads, one of
+them adds up a whole line, from its start to its end.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,6 @@ class Update:
         ]
         wanted = {node.payload for plan in self.plans for node in plan.counters if node.word_name == "count"}
         self.counted = sorted(wanted & {"group", "all"})
-        self.buckets = [bucket for plan in self.plans for bucket in plan.buckets]
         self.shares = [member.share for member in members]
         self.sharded = any(share is not None for share in self.shares)
 
@@ -59,6 +59,11 @@ class Update:
     def names(self) -> list[str]:
         """The parameters' names."""
         return [member.name for member in self.members]
+
+    @cached_property
+    def buckets(self) -> list[Any]:
+        """What the executors step together."""
+        return [bucket for plan in self.plans for bucket in plan.buckets]
 
     def gather(self, everyone: bool = False) -> NDArray[np.bool_] | None:
         """Look up this step's gradients; which parameters have one. None if a parameter's memory moved, so
