@@ -79,8 +79,9 @@ class Groups:
         """The role of the parameter called `name`, with or without what wrappers put into it; KeyError if
         there is none.
         """
+        wanted = {name, plain_name(name)}
         for member in self.members:
-            if {name, plain_name(name)} & {member.name, *member.tied}:
+            if not wanted.isdisjoint((member.name, *member.tied)):
                 return member.role
         raise KeyError(name)
 
