@@ -343,6 +343,21 @@ def test_experts_and_branches_inside_a_block_are_no_layers() -> None:
     assert len(layers(nn.Sequential(block(), block(), block()))) == 3
 
 
+def test_blocks_may_stand_between_a_stem_and_a_head_in_one_container() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), Block(), nn.ReLU(), Block(), nn.Linear(4, 2))
+    held = [sorted({name.split(".")[0] for name in names}) for names in layers(model)]
+    assert held == [["0", "1"], ["2"], ["4"], ["5"]]
+    assert groups(model).names("head") == ("5.weight",)
+
+
+def test_a_plain_network_and_a_single_block_have_a_head() -> None:
+    plain = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    assert groups(plain).names("head") == ("2.weight",)
+    assert groups(nn.Sequential(plain)).names("head") == ("0.2.weight",)
+    assert len(layers(nn.Sequential(plain))) == 2
+    assert not groups(nn.Sequential(plain, copy.deepcopy(plain))).names("head")
+
+
 def test_without_blocks_each_weight_is_a_layer() -> None:
     model = nn.Sequential(
         nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.PReLU(),
@@ -352,6 +367,8 @@ def test_without_blocks_each_weight_is_a_layer() -> None:
         ["0", "1", "2", "3"], ["4"], ["6"],
     ]  # fmt: skip
     assert layers(nn.LayerNorm(3)) == (("weight", "bias"),)
+    recurrent = nn.Sequential(parametrizations.weight_norm(nn.LSTM(4, 3, 2), "weight_hh_l0"), nn.Linear(3, 2))
+    assert [len(names) for names in layers(recurrent)] == [9, 2]
     assert layers(nn.ReLU()) == ()
 
 

@@ -208,9 +208,10 @@ def layers(model: nn.Module, blocks: Sequence[str] | None = None) -> tuple[tuple
     """The names of all parameters, layer by layer from the input to the output, tied weights once.
 
     A layer is a block; what stands before all blocks is the first layer, what stands behind them the last,
-    and what is between two goes with the one before. Blocks are the children of every outermost ModuleList
-    or Sequential of like blocks, or the modules that `blocks` names, as globs from low to high. A model
-    without has a layer for each weight matrix. Not for: branches side by side, unless `blocks` orders them.
+    and what is between two goes with the one before. Blocks are those children of an outermost ModuleList or
+    Sequential that are made of modules, if there are several, of one class; or the modules that `blocks`
+    names, as globs from low to high. Without any, each module with a weight is a layer. Not for: branches
+    side by side, unless `blocks` orders them.
 
     >>> layers(nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 1)))
     (('0.weight', '0.bias', '1.weight', '1.bias'), ('2.weight', '2.bias'))
@@ -372,14 +373,15 @@ def roster(
 
 
 def _by_weight(known: Groups) -> tuple[tuple[str, ...], ...]:
-    """A layer for each weight matrix, with what follows it; what comes before the first is in its layer."""
+    """A layer for each module with weights, and what follows it; what comes before the first goes with it."""
     found: list[list[str]] = [[]]
-    begun = False
+    owner = None
     for member in known:
-        weight = member.role in ("matrix", "conv", "embedding", "head")
-        if weight and begun:
-            found.append([])
-        begun = begun or weight
+        if member.role in ("matrix", "conv", "embedding", "head"):
+            mine = f".{member.name}".rpartition(".")[0].partition(".parametrizations.")[0]
+            if owner not in (None, mine):
+                found.append([])
+            owner = mine
         found[-1].append(member.name)
     return tuple(tuple(names) for names in found if names)
 
@@ -408,22 +410,20 @@ def _parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _blocks(modules: Mapping[str, nn.Module]) -> list[str]:
-    """The paths of the blocks: the children of outermost containers, where all that hold parameters are of
-    one class and made of modules themselves.
+    """The paths of the blocks: children of a container that are made of modules, where there are several with
+    parameters and all of one class. Containers come before those inside them, whose blocks change nothing.
     """
     found: list[str] = []
-    outer: list[str] = []
     for path, module in modules.items():
-        if not isinstance(module, _CONTAINERS) or path.startswith(tuple(outer)):
-            continue
-        held = {
-            name: child for name, child in module.named_children() if any(True for _ in child.parameters())
-        }
-        like = len({type(child) for child in held.values()}) == 1
-        if like and len(held) > 1 and all(any(True for _ in child.children()) for child in held.values()):
-            outer.append(f"{path}." if path else "")
-            found += [outer[-1] + name for name in held]
+        if isinstance(module, _CONTAINERS):
+            held = {name: child for name, child in module.named_children() if _is_built(child)}
+            if len(held) > 1 and len({type(child) for child in held.values()}) == 1:
+                found += [f"{path}.{name}".lstrip(".") for name in held]
     return found
+
+
+def _is_built(module: nn.Module) -> bool:
+    return any(True for _ in module.children()) and any(True for _ in module.parameters())
 
 
 def _named(model: nn.Module, patterns: Sequence[str]) -> list[str]:
