@@ -5,7 +5,6 @@ change.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from operator import is_not
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from downslope.kernels.update import Update
 from downslope.rules import Chain, Program, trace
 from downslope.rules.shape import shape_of_slot
 from downslope.rules.trace import UNSCALE, trace_ascent, trace_estimate, trace_evaluation
-from downslope.state import Slots
+from downslope.state import Slots, Table
 
 Groups = list[dict[str, Any]]
 
@@ -41,14 +40,13 @@ KINDS: Mapping[str, Callable[[Chain, bool], Program]] = {
 class Machine:
     """Steps the parameters of `groups`, which live in an optimizer, by the chains of their groups."""
 
-    def __init__(self, groups: Groups, state: dict[Any, Any], chains: list[Chain], guard: bool) -> None:
+    def __init__(self, groups: Groups, state: Table, chains: list[Chain], guard: bool) -> None:
         self.groups, self.state, self.chains, self.guard = groups, state, chains, guard
         self.programs: dict[tuple[str, int], Program] = {}
         self.updates: dict[str, Update] = {}
         self.present: dict[str, list[list[int]]] = {}
         self.seen: dict[str, tuple[list[Any], list[NDArray[np.float64]]]] = {}
-        self.watched = Trained([])
-        self.trained = b""
+        self.frozen = Trained([])
         self.built = False
         self.scale = 1.0
 
@@ -66,9 +64,8 @@ class Machine:
             self._build()
         if primes:
             return None
-        trained = self.watched.look()
-        if trained != self.trained:  # a frozen parameter stays, even if its gradient is still there, as zeros
-            self.trained, self.updates, self.seen = trained, {}, {}
+        if any(self.frozen.look()):
+            self._build()
         active = self._update(kind).gather()
         if active is None:
             self._build()
@@ -144,7 +141,6 @@ class Machine:
         self.marks: list[str] = []
         for parameter, slots in self.state.items():
             self.state[parameter] = Slots(slots, self.marks)
-        self.entries = list(self.state.values())
         self.counts: NDArray[np.int64] = np.array([int(self.state[p]["t"]) for _, p in held], dtype=np.int64)
         counters = torch.from_numpy(self.counts)
         for i, (_, parameter) in enumerate(held):
@@ -155,11 +151,12 @@ class Machine:
             Member.of(names[p], p, {name: self.state[p][name] for name in self.chains[g].slots})
             for g, p in held
         ]
-        # tensors that never asked for a gradient are stepped by those that they are given, as in torch
-        self.watched = Trained([p for _, p in held if isinstance(p, nn.Parameter)])
-        self.trained = self.watched.look()
+        # A frozen parameter stays, even if its gradient is still there, as zeros. Tensors that never asked
+        # for a gradient are stepped by those that they are given, as in torch.
+        self.frozen = Trained([p for _, p in held if isinstance(p, nn.Parameter) and not p.requires_grad])
         self.vectors = self._vectors([(self.chains[g], p) for g, p in held])
         self.marks.clear()
+        self.known = (self.state.changes, len(self.state))
         self.seen = {}
         self.built = True
 
@@ -201,8 +198,7 @@ class Machine:
     def _programs(self, kind: str) -> list[tuple[Program, list[int]]]:
         """The program of every chain that has parameters, and their places."""
         plans: dict[int, list[int]] = {}
-        asked = np.frombuffer(self.trained, dtype=np.int64)
-        stays = {id(p) for p, on in zip(self.watched.parameters, asked, strict=True) if not on}
+        stays = {id(parameter) for parameter in self.frozen.parameters}
         for i, g in enumerate(self.owner):
             if kind != "evaluation" and id(self.members[i].parameter) in stays:
                 continue
@@ -218,9 +214,7 @@ class Machine:
 
     def _replaced(self) -> bool:
         """Whether someone put another tensor, or another table, into the state."""
-        if self.marks or len(self.state) != len(self.entries):
-            return True
-        return any(map(is_not, self.state.values(), self.entries))
+        return bool(self.marks) or (self.state.changes, len(self.state)) != self.known
 
     def _tables(self, kind: str, rate: float) -> list[NDArray[np.float64]]:
         """A table a plan: a row per number of its program, a column per parameter; built anew only when a

@@ -25,7 +25,7 @@ from downslope.rules import chain as make_chain
 from downslope.rules.route import REST
 from downslope.rules.rule import check
 from downslope.schedule import Schedule
-from downslope.state import BESIDE, Loaded, plain_name, restore
+from downslope.state import BESIDE, Loaded, Table, plain_name, restore
 
 TRIALS = 30
 """How often a step that backtracks is shortened before it is given up."""
@@ -72,6 +72,7 @@ class Optimizer(torch.optim.Optimizer):
         first = next(iter(self._route.chains.values())).defaults
         shared = first if len(self._route.chains) == 1 else {"lr": first["lr"]}
         super().__init__(listed(parameters, self._route), {k: _live(v, 0) for k, v in shared.items()})
+        self.state = Table(dict)
 
     @property
     def steps(self) -> int:
@@ -147,6 +148,8 @@ class Optimizer(torch.optim.Optimizer):
 
         @functools.wraps(func)
         def step(self: Optimizer, *args: Any, **keywords: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return untraced(self, *args, **keywords)
             hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
             if hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks or _profiler_enabled():
                 return listened(self, *args, **keywords)
@@ -154,7 +157,7 @@ class Optimizer(torch.optim.Optimizer):
 
         # A training step that is compiled as a whole breaks off here: addresses cannot be traced.
         untraced: Callable[..., Any] = torch.compiler.disable(step)  # type: ignore[no-untyped-call]
-        return untraced
+        return step
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -289,6 +292,8 @@ class Optimizer(torch.optim.Optimizer):
         if made is None or made.groups is not self.param_groups or made.state is not self.state:
             every = [parameter for group in self.param_groups for parameter in group["params"]]
             admit(every)
+            if not isinstance(self.state, Table):
+                self.state = Table(dict, self.state)
             self._made = made = Machine(self.param_groups, self.state, self._chains, self.guard)
         return made
 

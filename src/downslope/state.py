@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
@@ -48,6 +49,25 @@ class Slots(dict[str, Tensor]):
         """As a dict does it, item by item."""
         for name, value in dict(*values, **more).items():
             self[name] = value
+
+
+class Table(defaultdict[Tensor, Any]):
+    """The state by parameter, as torch keeps it. It counts how often anything was put in or taken out."""
+
+    changes = 0
+
+    def __setitem__(self, parameter: Tensor, slots: Any) -> None:
+        super().__setitem__(parameter, slots)
+        self.changes += 1
+
+    def __delitem__(self, parameter: Tensor) -> None:
+        super().__delitem__(parameter)
+        self.changes += 1
+
+    def update(self, *values: Any, **more: Any) -> None:
+        """As a dict does it, item by item."""
+        for parameter, slots in dict(*values, **more).items():
+            self[parameter] = slots
 
 
 class Loaded(NamedTuple):

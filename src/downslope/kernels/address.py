@@ -26,7 +26,7 @@ Integers = NDArray[np.int64]
 
 PLAIN, SOME_MISSING, SOME_ODD, SOME_MOVED = 0, 1, 2, 4
 """What a look found: dense gradients of the parameters' type everywhere; somewhere none; somewhere others; a
-parameter in other memory than before.
+parameter in other memory than before, or frozen or thawed since.
 """
 
 _FUNCTIONS = (
@@ -47,16 +47,18 @@ from numba import carray, int64
 from downslope.kernels.compiled import call, jit, pointer
 
 
-@jit("int64(int64[::1], int64[::1], int64[::1], int64[::1], int64[::1], int64, int64[::1])")
-def kernel(functions, handles, sizes, weights, gradients, dtype, answer):
+@jit("int64(int64[::1], int64[::1], int64[::1], int64[::1], int64[::1], int64[::1], int64, int64[::1])")
+def kernel(functions, handles, sizes, asked, weights, gradients, dtype, answer):
     found = 0
     box = int64(answer.ctypes.data)
     for i in range(len(handles)):
         call(functions[0], handles[i], box)
         call(functions[7], handles[i], box + 8)
-        if answer[0] != weights[i] or answer[1] != sizes[i]:
+        itself = carray(pointer(handles[i]), (1,), int64)[0]
+        asks = call(functions[9], itself, 0) & 255
+        if answer[0] != weights[i] or answer[1] != sizes[i] or asks != asked[i]:
             found |= 4
-        gradient = call(functions[5], carray(pointer(handles[i]), (1,), int64)[0], 0)
+        gradient = call(functions[5], itself, 0)
         gradients[i] = 0
         answer[0] = 0
         call(functions[1], gradient, box)
@@ -101,6 +103,11 @@ def kernel(functions, handles, answers):
 '''
 
 
+def asks(parameter: Any) -> bool:
+    """Whether a parameter asks for a gradient; what stands in for one does."""
+    return bool(getattr(parameter, "requires_grad", True))
+
+
 class Trained:
     """Which of some parameters ask for a gradient, at the moment of asking."""
 
@@ -116,7 +123,7 @@ class Trained:
         """A word a parameter, 0 for those that are frozen."""
         if self._native is None:
             self._answers[:] = [parameter.requires_grad for parameter in self.parameters]
-        else:
+        elif self.parameters:
             self._native.trained(self._native.functions, self._handles, self._answers)
         return self._answers.tobytes()
 
@@ -131,6 +138,7 @@ class Addresses:
         self.weights = np.array([tensor.data_ptr() for tensor in self.local], dtype=np.int64)
         self.gradients = np.zeros(len(self.parameters), dtype=np.int64)
         self.sizes = np.array([tensor.numel() for tensor in self.local], dtype=np.int64)
+        self.asked = np.array([asks(parameter) for parameter in self.parameters], dtype=np.int64)
         plain = all(one is other for one, other in zip(self.parameters, self.local, strict=True))
         self._native = native() if plain else None
         if self._native is not None:
@@ -144,8 +152,8 @@ class Addresses:
         if self._native is None:
             return self._ask()
         code, handles = self._native, self._handles
-        found = self.weights, self.gradients
-        return code.look(code.functions, handles, self.sizes, *found, self._dtype, self._answer)
+        known = self.sizes, self.asked, self.weights
+        return code.look(code.functions, handles, *known, self.gradients, self._dtype, self._answer)
 
     def written(self) -> None:
         """Tell autograd that the parameters changed: each one's version goes up by one."""
@@ -159,6 +167,7 @@ class Addresses:
         for place, (parameter, here) in enumerate(zip(self.parameters, self.local, strict=True)):
             address = local(parameter.detach()).data_ptr() if is_shared(parameter) else here.data_ptr()
             moved = address != self.weights[place] or here.numel() != self.sizes[place]
+            moved = moved or asks(parameter) != self.asked[place]
             gradient = None if parameter.grad is None else local(parameter.grad)
             plain = (
                 gradient is not None
@@ -229,9 +238,10 @@ def _agrees(code: Native) -> bool:
                 weight.grad_dtype = gradient.dtype
             weight.grad = gradient
             at, there = np.array([weight.data_ptr()]), np.zeros(1, dtype=np.int64)
-            for moved in (PLAIN, SOME_MOVED):
-                look = (at + moved, there, code.dtypes[torch.float32], answer)
-                if code.look(code.functions, handles, np.array([3]), *look) != kind | moved:
+            for moved, asked in ((0, 0), (1, 0), (0, 1)):
+                known = np.array([3]), np.array([asked]), at + moved
+                found = code.look(code.functions, handles, *known, there, code.dtypes[torch.float32], answer)
+                if found != kind | (SOME_MOVED if moved or asked else PLAIN):
                     return False
             if kind == PLAIN and gradient is not None and there[0] != gradient.data_ptr():
                 return False

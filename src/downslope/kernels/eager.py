@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from downslope.kernels.address import asks
 from downslope.kernels.bucket import Member, Table, refuse_sparse
 from downslope.kernels.words import compute_type, evaluate, reduced
 from downslope.rules.trace import Node, Program, Stage
@@ -30,13 +31,15 @@ class EagerBucket:
     def __init__(self, program: Program, members: Sequence[Member], index: Sequence[int]) -> None:
         self.program, self.members = program, list(members)
         self.index = np.array(index, dtype=np.int64)
-        self.shapes = [member.weight.shape for member in members]
+        self.seen = [(member.weight.shape, asks(member.parameter)) for member in members]
         self.gradients: list[Tensor | None] = []
         self.arrays: dict[str, list[Tensor]] = {}
 
     def gather(self, everyone: bool = False) -> NDArray[np.bool_] | None:
-        """Look up this step's gradients; which have one. None if a weight has another shape now."""
-        if any(m.weight.shape != shape for m, shape in zip(self.members, self.shapes, strict=True)):
+        """Look up this step's gradients; which have one. None if a weight has another shape now, or was
+        frozen or thawed.
+        """
+        if self.seen != [(member.weight.shape, asks(member.parameter)) for member in self.members]:
             return None
         self.gradients = [None if everyone else member.gradient for member in self.members]
         refuse_sparse(self.gradients)

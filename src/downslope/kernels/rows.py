@@ -15,6 +15,7 @@ from torch import Tensor
 
 from downslope.errors import BadInput
 from downslope.kernels import cpu
+from downslope.kernels.address import asks
 from downslope.kernels.bucket import Bucket, Floats, Member, Table
 from downslope.kernels.eager import EagerBucket
 from downslope.rules.trace import Program, Stage
@@ -28,13 +29,16 @@ class RowsBucket:
     def __init__(self, program: Program, members: Sequence[Member], index: Sequence[int]) -> None:
         self.program, self.members = program, list(members)
         self.index = np.array(index, dtype=np.int64)
+        self.asked = [asks(member.parameter) for member in members]
         self.rows: list[Tensor] = []
         self.inner: list[Bucket] = []
 
     def gather(self, everyone: bool = False) -> NDArray[np.bool_] | None:
-        """Gather the rows of this step; None if a gradient is dense now."""
+        """Gather the rows of this step; None if a gradient is dense now, or a weight was frozen or thawed."""
         gradients = [member.gradient for member in self.members]
-        if any(g is not None and g.layout is not torch.sparse_coo for g in gradients):
+        if self.asked != [asks(member.parameter) for member in self.members] or any(
+            g is not None and g.layout is not torch.sparse_coo for g in gradients
+        ):
             return None
         active = np.array([gradient is not None for gradient in gradients], dtype=bool)
         self.rows, picked, places = [], [], []
