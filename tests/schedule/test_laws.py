@@ -267,6 +267,11 @@ def test_half_way_near_the_peak_no_digit_is_lost() -> None:
     assert 1 - cosine(1.0, steps=10**6)(1) == pytest.approx((math.pi * 1e-6) ** 2 / 4, rel=1e-4)
 
 
+def test_the_last_update_of_a_billion_does_not_fall_below_the_end() -> None:
+    assert 0.7 + (0.1 - 0.7) < 0.1
+    assert cosine(0.7, steps=10**9, end=0.1)(10**9 - 1) == 0.1
+
+
 def test_growth_beyond_the_largest_float_neither_raises_nor_becomes_nan() -> None:
     grown = KINDS["exponential"](10.0, every=1, factor=10.0)
     assert grown(10**6) == sys.float_info.max

@@ -167,8 +167,9 @@ def test_every_picture_fits_its_frame_and_has_no_gap(
     assert not any(math.isnan(ink) for ink in heights("\n".join(lines), plain))
 
 
-def test_a_jump_is_drawn_as_an_unbroken_line() -> None:
-    lines = step(1.0, every=10, factor=0.0).picture(20, width=40, height=8, plain=True).splitlines()[:-2]
+@pytest.mark.parametrize("jump", [step(1.0, every=10, factor=0.0), constant(0.0).then(constant(1.0), at=10)])
+def test_a_jump_is_drawn_as_an_unbroken_line(jump: Schedule) -> None:
+    lines = jump.picture(20, width=40, height=8, plain=True).splitlines()[:-2]
     inked = [row.count("*") for row in lines]
     assert min(inked) >= 1
     assert max(inked[1:-1]) == 1

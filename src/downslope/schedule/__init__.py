@@ -29,13 +29,14 @@ from downslope.schedule.decay import (
     step,
     wsd,
 )
-from downslope.schedule.duration import Duration, duration, in_steps
+from downslope.schedule.duration import FORMS, Duration, duration, in_steps
 from downslope.schedule.example import example
 from downslope.schedule.glossary import Term, term
 from downslope.schedule.plateau import plateau
 from downslope.schedule.schedule import KINDS, Bounds, Schedule, Seen
 
 __all__ = [
+    "FORMS",
     "KINDS",
     "Bounds",
     "Duration",

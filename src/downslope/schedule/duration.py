@@ -13,6 +13,8 @@ Duration: TypeAlias = int | str
 """Applied updates, or text with a unit: "500 steps", "3 epochs", "64000 samples", "2e6 tokens", "10 %"."""
 
 FORMS = '"500 steps", "3 epochs", "64000 samples", "2e6 tokens", "10 %"'
+"""One of each unit, for those who are told what a duration is."""
+
 UNITS = ("steps", "epochs", "samples", "tokens", "%")
 
 _TEXT = re.compile(

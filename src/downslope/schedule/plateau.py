@@ -58,8 +58,8 @@ def plateau(
     end: float = 0.0,
     warmup: Duration = 0,
 ) -> Schedule:
-    """`peak`, times `factor` whenever `patience` observations in a row were not better than the best, down to
-    `end`.
+    """`peak`, times `factor` whenever more than `patience` observations in a row are no better than the best,
+    down to `end`.
 
     A pure function of the step and of what was `seen` by then. Patience and cooldown count observations,
     however many updates lie between; what is seen in the warmup does not count; NaN is never better. torch:
