@@ -46,7 +46,7 @@ def digits_resnet(seed: int = 0) -> Task:
     """8 x 8 digits by a residual network of 14 layers with BatchNorm: deep, and small enough for one core."""
     return Task(
         **_pictures(seed),
-        model=ResNet,
+        model=resnet,
         loss=cross_entropy,
         metric=accuracy,
         target=0.98,
@@ -131,15 +131,12 @@ class Residual(nn.Module):
         return torch.relu(self.body(x) + self.shortcut(x))
 
 
-class ResNet(nn.Sequential):
+def resnet(widths: tuple[int, ...] = (16, 32, 64)) -> nn.Sequential:
     """ResNet-14, [items, 1, 8, 8] → logits [items, 10]: a stem, three stages of two blocks, and a head."""
-
-    def __init__(self, widths: tuple[int, ...] = (16, 32, 64)) -> None:
-        stem = [nn.Conv2d(1, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()]
-        blocks = []
-        for before, width in zip((widths[0], *widths), widths, strict=False):
-            blocks += [Residual(before, width, 1 if width == before else 2), Residual(width, width, 1)]
-        super().__init__(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 10))
+    layers = [nn.Conv2d(1, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()]
+    for before, width in zip((widths[0], *widths), widths, strict=False):
+        layers += [Residual(before, width, 1 if width == before else 2), Residual(width, width, 1)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 10))
 
 
 class RowReader(nn.Module):

@@ -24,6 +24,7 @@ def photo_kmeans(seed: int = 0) -> Task:
         **parts,
         model=lambda: Centres(parts["train"][0], CLUSTERS),
         loss=quantisation_error,
+        metric_name="squared distance",
         target=0.0055,
         recipe=Recipe(chain(adam(lr=cosine(0.01, steps="100 %"))), steps="5 epochs", batch_size=1024),
     )
@@ -36,8 +37,9 @@ def photo_inr(seed: int = 0) -> Task:
     places = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
     return Task(
         **shuffled((places.view(-1, 2), pixels.reshape(-1, 3)), seed),
-        model=Siren,
+        model=siren,
         loss=squared_error,
+        metric_name="squared error",
         target=1.9e-3,
         recipe=Recipe(chain(adam(lr=cosine(3e-4, steps="100 %"))), steps="200 epochs", batch_size=1024),
     )
@@ -106,10 +108,8 @@ class Sine(nn.Linear):
         return torch.sin(self.omega * super().forward(x))
 
 
-class Siren(nn.Sequential):
+def siren(width: int = 128) -> nn.Sequential:
     """Places [items, 2] in [-1, 1]² → colours [items, 3]: three layers of sines and a linear one."""
-
-    def __init__(self, width: int = 128) -> None:
-        super().__init__(
-            Sine(2, width, first=True), Sine(width, width), Sine(width, width), nn.Linear(width, 3)
-        )
+    return nn.Sequential(
+        Sine(2, width, first=True), Sine(width, width), Sine(width, width), nn.Linear(width, 3)
+    )

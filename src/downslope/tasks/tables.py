@@ -17,7 +17,7 @@ from downslope.tasks.fit import fit
 from downslope.tasks.split import needs, standardised, stratified
 
 LASSO = 0.05
-"""λ of `diabetes-lasso`, scikit-learn's alpha: three of ten weights are zero."""
+"""λ of `diabetes-lasso`, scikit-learn's alpha: four of ten weights are zero."""
 
 MARGIN = 1 / 569
 """λ of `cancer-svm`, scikit-learn's C = 1 over 569 patients."""

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from downslope.errors import BadInput
 from downslope.recipe import Recipe
 from downslope.rules import chain
 from downslope.rules.adaptive import adamw
@@ -26,8 +27,9 @@ def chars_transformer(seed: int = 0) -> Task:
 
     text = unique_paragraphs(topics.values())
     alphabet = "".join(sorted(set(text)))
+    symbols = torch.tensor([alphabet.index(character) for character in text])
     return Task(
-        **windows(text, alphabet, CONTEXT, seed),
+        **windows(symbols, CONTEXT, seed),
         model=lambda: Transformer(len(alphabet), CONTEXT),
         loss=next_character,
         metric_name="nats per character",
@@ -48,23 +50,28 @@ def unique_paragraphs(texts: Iterable[str]) -> str:
     >>> unique_paragraphs(["one\\n\\ntwo", "two\\n\\nthree"])
     'one\\n\\ntwo\\n\\nthree'
     """
-    return "\n\n".join(dict.fromkeys(paragraph for text in texts for paragraph in text.split("\n\n")))
+    paragraphs = (paragraph.strip("\n") for text in texts for paragraph in text.split("\n\n"))
+    return "\n\n".join(dict.fromkeys(filter(None, paragraphs)))
 
 
-def windows(text: str, alphabet: str, context: int, seed: int) -> Parts:
-    """Pieces of a text as (characters, next characters), both [items, context], indices into `alphabet`.
+def windows(symbols: Tensor, context: int, seed: int) -> Parts:
+    """Pieces of a sequence, int64 [length], as (symbols, next symbols), both [items, context].
 
     Runs of 16 neighbours stay together and are shared out by `seed`: 90 % for training, 5 % each for
-    validation and test; what is left at the end of the text is in none.
+    validation and test; what is left at the end is in none. BadInput for a sequence of less than three runs.
     """
-    index = {character: place for place, character in enumerate(alphabet)}
-    pieces = torch.tensor([index[character] for character in text]).unfold(0, context + 1, context)
-    runs = pieces[: len(pieces) // _RUN * _RUN].view(-1, _RUN, context + 1)
-    order = torch.randperm(len(runs), generator=torch.Generator().manual_seed(seed))
-    held_out = max(len(runs) // 20, 1)
+    count = (len(symbols) - 1) // context // _RUN
+    if count < 3:
+        raise BadInput(
+            f"A text is split by runs of {_RUN * context} symbols, at least 3 of them, got {len(symbols)}."
+        )
+    pieces = symbols[: count * _RUN * context + 1].unfold(0, context + 1, context)
+    runs = pieces.reshape(count, _RUN, context + 1)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    held_out = max(count // 20, 1)
 
     def part(items: Tensor) -> tuple[Tensor, ...]:
-        taken = runs[items].view(-1, context + 1)
+        taken = runs[items].flatten(0, 1)
         return taken[:, :-1].contiguous(), taken[:, 1:].contiguous()
 
     test, valid, train = order.tensor_split((held_out, 2 * held_out))
