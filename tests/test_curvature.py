@@ -121,6 +121,9 @@ def test_what_is_no_loss_is_refused() -> None:
         cv.Hessian(lambda: torch.ones(()), [w])
     with pytest.raises(BadInput, match="no trainable parameters"):
         cv.Hessian(lambda: w.sum(), [w.detach()])
+    c = torch.ones(2, dtype=torch.complex64, requires_grad=True)
+    with pytest.raises(BadInput, match="not complex"):
+        cv.Hessian(lambda: c.abs().sum(), [c])
     with pytest.raises(BadInput, match=r"shape \(2,\), got \(3,\)"):
         cv.Hessian(lambda: (w * w).sum(), [w]) @ torch.ones(3)
     with pytest.raises(BadInput, match="not finite"):
@@ -431,15 +434,16 @@ def test_curvature_above_the_threshold_is_no_saddle() -> None:
     assert cv.saddle(bowl(x), [x], curvature=1.9).found
 
 
-def test_the_sign_that_lowers_the_loss_is_taken_and_long_steps_are_halved() -> None:
+@pytest.mark.parametrize("side", [1, -1])
+def test_the_sign_that_lowers_the_loss_is_taken_and_long_steps_are_halved(side: int) -> None:
     x = torch.zeros(2, dtype=torch.float64, requires_grad=True)
 
-    def loss() -> Tensor:  # falls towards negative x[1] alone, and only for short steps
-        return x[0] ** 2 - x[1] ** 2 + 10 * x[1] ** 3 + 100 * x[1] ** 4
+    def loss() -> Tensor:  # falls further on one side, and only for short steps
+        return x[0] ** 2 - x[1] ** 2 - side * 10 * x[1] ** 3 + 100 * x[1] ** 4
 
     evidence = cv.saddle(loss, [x])
     moved = cv.escape(loss, [x], evidence, radius=1.0)
-    assert x[1].item() < 0
+    assert x[1].item() * side > 0
     assert 0 < abs(moved.distance) < 0.2
     assert moved.after == loss().item() < moved.before
 

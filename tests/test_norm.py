@@ -205,6 +205,12 @@ def test_what_cannot_be_measured_is_refused() -> None:
     assert same(everything(model), before)
 
 
+def test_layers_that_are_not_called_are_not_passed_over_in_silence() -> None:
+    for tool, given in ((norm.compare, images(0)), (norm.recalibrate, [images(0)])):
+        with pytest.raises(BadInput, match="no BatchNorm layer was called"):
+            tool(network(), given, call=lambda model, batch: model[0](batch))
+
+
 def test_what_is_frozen_is_not_recalibrated() -> None:
     model = network()
     norm.freeze(model)
@@ -221,12 +227,27 @@ def test_frozen_layers_evaluate_through_a_later_train() -> None:
     model[4].p = 0.0
     expected = copy.deepcopy(model).eval()(images(0))
     assert norm.freeze(model) == ("1", "6")
+    assert model[1].train() is model[1]
     for held in (model, copy.deepcopy(model)):
         buffers = [buffer.clone() for buffer in held.buffers()]
         assert torch.equal(held.train()(images(0)), expected)
         assert all(torch.equal(a, b) for a, b in zip(buffers, held.buffers(), strict=True))
         held(images(0)).sum().backward()
         assert held[1].weight.grad is not None
+
+
+def test_a_model_compiled_before_notices_that_it_is_frozen() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    compiled = torch.compile(model, backend="eager")
+    x = torch.randn(8, 3)
+    compiled.train()(x)
+    norm.freeze(compiled)
+    before = [buffer.clone() for buffer in model.buffers()]
+    compiled.train()(x)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
+    norm.unfreeze(compiled)
+    compiled.train()(x)
+    assert int(model[1].num_batches_tracked) == 2
 
 
 def test_freezing_is_undone_whole_on_copies_too() -> None:

@@ -37,6 +37,11 @@ class _Space:
         self.parameters = list({id(p): p for p in given if p.requires_grad}.values())
         if not self.parameters:
             raise BadInput("there are no trainable parameters.")
+        for p in self.parameters:
+            if p.is_complex() or hasattr(p, "device_mesh"):
+                raise BadInput(
+                    "curvature is measured on real parameters that are whole, not complex or sharded ones."
+                )
         self.size = sum(p.numel() for p in self.parameters)
         self.device, self.dtype = self.parameters[0].device, torch.float32
         for p in self.parameters:

@@ -96,6 +96,7 @@ def compare(model: nn.Module, batch: Any, *, call: Call = feed) -> Gaps:
             for name, layer in layers.items():
                 stack.callback(layer.register_forward_hook(watch(name, batches)).remove)
             call(model, batch)
+    _heard(bool(own))
     apart = [_apart(one, two) for one, two in zip(seen[False], seen[True], strict=True)]
     return Gaps(tuple(Gap(*gap, through) for gap, through in zip(own, apart, strict=True)))
 
@@ -124,6 +125,13 @@ def _moments(x: Tensor, correction: int) -> tuple[Tensor, Tensor, int]:
     x = x if x.dtype == torch.float64 else x.float()
     variance, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=correction)
     return mean, variance, x.numel() // x.shape[1]
+
+
+def _heard(anything: bool) -> None:
+    if not anything:
+        raise BadInput(
+            "no BatchNorm layer was called; a compiled model passes hooks over: give the one inside."
+        )
 
 
 def _layers(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -185,6 +193,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, call: Call = feed) 
         raise BadInput(
             "there were no batches to take statistics from: an iterator is used up by its first loop."
         )
+    _heard(not sums or any(found.calls for _, found in sums))
     for layer, found in sums:
         if found.calls:
             assert layer.running_mean is not None
@@ -213,20 +222,23 @@ def recalibrated(model: nn.Module, batches: Iterable[Any], *, call: Call = feed)
 # Freezing
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Hold:
-    """A forward pre-hook that keeps a layer in evaluation, whatever `train()` said; known by its type, so
-    that copies of a model are held and released like the model.
+    """Stands in for a layer's `train`, so that its mode stays; copies of a model are held as the model is.
+
+    A hook that resets the mode would be passed over by a model that was compiled before.
     """
 
-    trained: tuple[str, ...] = ()  # the affine parameters that were trainable before
+    layer: nn.Module
+    trained: tuple[str, ...]  # the affine parameters that were trainable before
 
-    def __call__(self, layer: nn.Module, args: Any) -> None:
-        layer.training = False
+    def __call__(self, mode: bool = True) -> nn.Module:
+        return self.layer
 
 
 def _hold(layer: nn.Module) -> _Hold | None:
-    return next((hook for hook in layer._forward_pre_hooks.values() if isinstance(hook, _Hold)), None)
+    found = vars(layer).get("train")
+    return found if isinstance(found, _Hold) else None
 
 
 def freeze(model: nn.Module, *, affine: bool = False) -> tuple[str, ...]:
@@ -245,8 +257,7 @@ def freeze(model: nn.Module, *, affine: bool = False) -> tuple[str, ...]:
         trained = tuple(name for name, p in layer.named_parameters() if affine and p.requires_grad)
         for name in trained:
             layer.get_parameter(name).requires_grad_(False)
-        layer.register_forward_pre_hook(_Hold(trained), prepend=True)
-        layer.training = False
+        layer.eval().train = _Hold(layer, trained)  # type: ignore[assignment, method-assign]
     return tuple(layers)
 
 
@@ -259,12 +270,10 @@ def unfreeze(model: nn.Module) -> tuple[str, ...]:
     for name, layer in model.named_modules():
         hold = _hold(layer)
         if hold:
-            hooks = layer._forward_pre_hooks
-            for key in [key for key, hook in hooks.items() if hook is hold]:
-                del hooks[key]
+            del layer.train
+            layer.train(model.training)
             for parameter in hold.trained:
                 layer.get_parameter(parameter).requires_grad_(True)
-            layer.training = model.training
             released.append(name)
     return tuple(released)
 
@@ -484,7 +493,7 @@ class _Sites:
             return "", "no trace shows where it is called"
         if reason := self.crossed(norm):
             return "", f"it {reason}"
-        source = self.calls[norm][0].args[0]
+        source = (*self.calls[norm][0].args, None)[0]
         layer = self.of.get(source) if isinstance(source, fx.Node) else None
         if not isinstance(layer, nn.Linear | _ConvNd):
             return "", "no linear or convolution layer comes right before it"
@@ -496,14 +505,13 @@ class _Sites:
         return before, None
 
     def crossed(self, module: nn.Module) -> str | None:
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         if len(self.names[module]) > 1:
             return f"is shared, as {' and '.join(self.names[module])}"
         if len(self.calls[module]) > 1:
             return "is used twice"
         if parametrize.is_parametrized(module):
             return "is parametrised"
-        if any(not isinstance(hook, _Hold) for hook in hooks):
+        if module._forward_hooks or module._forward_pre_hooks:
             return "has hooks"
         if any(self.tied[parameter] > 1 for parameter in module.parameters()):
             return "shares a weight with another layer"
@@ -534,7 +542,7 @@ def _fold_into(layer: nn.Module, norm: nn.Module) -> None:
         return tensor.detach().cpu().double()
 
     scale = (wide(norm.running_var) + norm.eps).rsqrt()
-    shift = -wide(norm.running_mean) if layer.bias is None else wide(layer.bias - norm.running_mean)
+    shift = (0 if layer.bias is None else wide(layer.bias)) - wide(norm.running_mean)
     if norm.affine:
         scale *= wide(norm.weight)
     weight, bias = wide(layer.weight), shift * scale + (wide(norm.bias) if norm.affine else 0)

@@ -82,6 +82,8 @@ def lsuv(
             if isinstance(module, DENSE):
                 stack.callback(module.register_forward_hook(scale(name), with_kwargs=True).remove)
         call(model, batch)
+    if not rows:
+        raise BadInput(f"{type(model).__name__} called no linear or convolution layer on this batch.")
     return tuple(rows.values())
 
 
