@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from downslope.cli import run
 from downslope.race import Standings
 from downslope.recipe import Recipe
 from downslope.rules import links, rules
-from downslope.schedule import KINDS
+from downslope.schedule import KINDS, example
 from downslope.tasks import task, tasks
 
 QUICK = """
@@ -161,7 +162,8 @@ def test_show_prints_a_schedule_with_its_values(name: str, capfd: pytest.Capture
     assert run(["show", name, "--json"]) == 0
     data = json.loads(capfd.readouterr().out)
     assert data["example"]["data"]["schedule"] == name
-    assert data["example"]["values"][0] == [0, 1.0]
+    assert data["example"]["values"] == [[step, example(name)(step)] for step in range(0, 101, 5)]
+    assert data["numbers"].keys() == signature(KINDS[name]).parameters.keys()
 
 
 def test_show_says_what_was_measured_of_a_task(capfd: pytest.CaptureFixture[str]) -> None:

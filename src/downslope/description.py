@@ -3,12 +3,14 @@
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from textwrap import indent
 from typing import Any
 
 from downslope.errors import BadInput, nearest
 from downslope.rules import Rule, links, rules
 from downslope.rules.glossary import term
-from downslope.schedule import KINDS, Schedule
+from downslope.schedule import FORMS, KINDS, example
+from downslope.schedule import term as term_of
 from downslope.tasks import size, task, tasks
 
 
@@ -100,42 +102,38 @@ Source: {rule.source}
 
 
 def _schedule(name: str) -> Description:
-    example = _example(name)
+    shown = example(name)
     numbers = inspect.signature(KINDS[name]).parameters.items()
     data = {
         "name": name,
         "kind": "schedule",
         "doc": _prose(KINDS[name]),
-        "numbers": {key: None if item.default is item.empty else item.default for key, item in numbers},
-        "example": {"data": example.data(), "values": [[step, example(step)] for step in range(0, 101, 5)]},
+        "numbers": {
+            key: {
+                "default": None if item.default is item.empty else item.default,
+                "meaning": term_of(key, name).meaning,
+            }
+            for key, item in numbers
+        },
+        "example": {"data": shown.data(), "values": [[step, shown(step)] for step in range(0, 101, 5)]},
     }
-    given = [key if item.default is item.empty else f"{key} = {item.default!r}" for key, item in numbers]
-    bars = "".join("▁▂▃▄▅▆▇█"[min(7, int(example(step) * 8))] for step in range(0, 100, 2))
+    given = {
+        key if item.default is item.empty else f"{key} = {item.default!r}": term_of(key, name).meaning
+        for key, item in numbers
+    }
     text = f"""{name}({", ".join(given)})
 
 {_prose(KINDS[name])}
 
-    {bars}
-    {example!r}, steps 0 to 99
+{indent(shown.picture(100, width=60, height=7), "    ")}
 
-Durations are applied updates, or text: "500 steps", "3 epochs", "64000 samples", "10 %".
+    {shown!r}
+
+{columns(given)}
+
+Durations are applied updates, or text: {FORMS}.
 """
     return Description(data, text)
-
-
-def _example(name: str) -> Schedule:
-    """The schedule over 100 steps at peak 1, every other number at its default where it has one."""
-    given = {
-        "peak": 1.0,
-        "steps": 100,
-        "every": 25,
-        "start": 60,
-        "cooldown": 20,
-        "trunk": KINDS["constant"](1.0),
-    }
-    return KINDS[name](
-        **{key: given[key] for key in inspect.signature(KINDS[name]).parameters if key in given}
-    )
 
 
 def _task(name: str) -> Description:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,6 +63,8 @@ class Optimizer(torch.optim.Optimizer):
         self._route = self.chain if isinstance(self.chain, Route) else Route({"rest": self.chain})
         self.guard = guard
         self.skipped: Skipped | None = None
+        self.seen: list[tuple[int, float]] = []
+        self._ratios: list[float] = []
         self._model = parameters if isinstance(parameters, nn.Module) else model
         self._chains: list[Chain] = []
         self._following: list[dict[tuple[str, int | None], Schedule]] = []
@@ -83,6 +85,16 @@ class Optimizer(torch.optim.Optimizer):
     def passes(self) -> int:
         """How often a step takes the gradient; `step` needs a closure where it is more than once."""
         return self._passes
+
+    @property
+    def reacts(self) -> bool:
+        """Whether any number follows a schedule that goes by what `observe` is told, such as plateau."""
+        return any(schedule.reacts for following in self._following for schedule in following.values())
+
+    @property
+    def averages(self) -> bool:
+        """Whether a rule or link has evaluation weights of its own; see `averaged`."""
+        return any(part.rule.evaluation for chain in self._chains for part in chain.parts)
 
     @property
     def asks_again(self) -> bool:
@@ -110,17 +122,20 @@ class Optimizer(torch.optim.Optimizer):
         for key, default in settings.items():
             owner, name = chain.owner(key)
             check(key, name, group.get(key, default), default, owner)
-            _follow(following, group, key, group.get(key, default))
+            _follow(following, group, key, group.get(key, default), self.seen)
         admit(group["params"], chain.matrix.name if chain.matrix else None)
         super().add_param_group(group)
         self._chains.append(chain)
         self._passes = 2 if any(chain.ascent for chain in self._chains) else 1
         self._following.append(following)
+        peak = _peak(settings["lr"])
+        self._ratios.append(_peak(following.get(("lr", None), group["lr"])) / peak if peak else 1.0)
         self._made = None
 
     def follow(self, number: str, value: Any) -> None:
         """Let a number of every group follow `value` from now on: a schedule, read at the run's step, or a
-        plain number. The learning rates of a route keep their ratio to that of "rest".
+        plain number. Learning rates keep their ratio to that of "rest": those of a route, and those that a
+        group was given.
         """
         known = [chain.defaults for chain in self._chains]
         if not any(number in numbers for numbers in known):
@@ -132,14 +147,22 @@ class Optimizer(torch.optim.Optimizer):
         peaks = [_peak(numbers.get(number)) for numbers in known]
         main = self._route.chains.get(REST)
         first = _peak(main.defaults.get(number)) if main else peaks[0]
-        for group, following, chain, numbers, peak in zip(
-            self.param_groups, self._following, self._chains, known, peaks, strict=True
+        for group, following, chain, numbers, peak, own in zip(
+            self.param_groups, self._following, self._chains, known, peaks, self._ratios, strict=True
         ):
             if number in numbers:
                 owner, name = chain.owner(number)
                 check(number, name, value, numbers[number], owner)
-                ratio = peak / first if number == "lr" and peak and first else 1.0
-                _follow(following, group, number, value if ratio == 1.0 else _times(value, ratio))
+                ratio = own * peak / first if number == "lr" and peak and first else 1.0
+                _follow(following, group, number, value if ratio == 1.0 else _times(value, ratio), self.seen)
+
+    def observe(self, value: float) -> None:
+        """Take note of a validation after `steps` updates; schedules that react go by it from the next on."""
+        self.seen.append((self.steps, float(value)))
+        for group, following in zip(self.param_groups, self._following, strict=True):
+            for (key, index), schedule in following.items():
+                if schedule.reacts:
+                    _write(group, key, index, schedule(group["step"], self.seen))
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -218,8 +241,7 @@ class Optimizer(torch.optim.Optimizer):
 
         For rules and links that tell them apart (schedule_free, asgd, lookahead); else nothing changes.
         """
-        parts = [part for chain in self._chains for part in chain.parts]
-        if self._averaging or not any(part.rule.evaluation for part in parts):
+        if self._averaging or not self.averages:
             yield
             return
         with torch.no_grad():
@@ -248,6 +270,7 @@ class Optimizer(torch.optim.Optimizer):
             [[key, index, schedule.data()] for (key, index), schedule in following.items()]
             for following in self._following
         ]
+        packed["seen"] = [list(one) for one in self.seen]
         return packed
 
     def load_state_dict(  # type: ignore[override]
@@ -275,6 +298,7 @@ class Optimizer(torch.optim.Optimizer):
         for group, numbers in zip(self.param_groups, found.groups, strict=True):
             group.update(numbers)
         self._following = found.following
+        self.seen = [(int(step), float(value)) for step, value in state_dict.get("seen", [])]
         for post in self._optimizer_load_state_dict_post_hooks.values():
             post(self)
         return found.loaded
@@ -393,7 +417,7 @@ class Optimizer(torch.optim.Optimizer):
         for group, following in zip(self.param_groups, self._following, strict=True):
             group["step"] += 1
             for (key, index), schedule in following.items():
-                _write(group, key, index, schedule(group["step"]))
+                _write(group, key, index, schedule(group["step"], self.seen))
 
 
 def _plain(loss: Any) -> float:
@@ -403,8 +427,7 @@ def _plain(loss: Any) -> float:
 def _peak(value: Any) -> float:
     """The number, or the highest that its schedule names."""
     if isinstance(value, Schedule):
-        numbers = dict(value.numbers)
-        return float(numbers["peak"]) if "peak" in numbers else _peak(numbers["trunk"])
+        return value.peak
     return float(value) if isinstance(value, float | int) else 0.0
 
 
@@ -412,21 +435,25 @@ def _times(value: Any, ratio: float) -> Any:
     return value.scaled(ratio) if isinstance(value, Schedule) else value * ratio
 
 
-def _live(value: Any, step: int) -> Any:
+def _live(value: Any, step: int, seen: Sequence[tuple[int, float]] = ()) -> Any:
     if isinstance(value, tuple):
-        return tuple(_live(one, step) for one in value)
-    return value(step) if isinstance(value, Schedule) else value
+        return tuple(_live(one, step, seen) for one in value)
+    return value(step, seen) if isinstance(value, Schedule) else value
 
 
 def _follow(
-    following: dict[tuple[str, int | None], Schedule], group: dict[str, Any], key: str, value: Any
+    following: dict[tuple[str, int | None], Schedule],
+    group: dict[str, Any],
+    key: str,
+    value: Any,
+    seen: Sequence[tuple[int, float]],
 ) -> None:
     """Set a number of a group, and note which of its parts follow schedules."""
     for known in [known for known in following if known[0] == key]:
         del following[known]
     parts = list(enumerate(value)) if isinstance(value, tuple | list) else [(None, value)]
     following.update({(key, index): part for index, part in parts if isinstance(part, Schedule)})
-    group[key] = _live(tuple(value) if isinstance(value, list) else value, int(group["step"]))
+    group[key] = _live(tuple(value) if isinstance(value, list) else value, int(group["step"]), seen)
 
 
 def _write(group: dict[str, Any], key: str, index: int | None, value: float) -> None:

@@ -14,7 +14,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from torch import nn
 
 from downslope import toml
@@ -27,6 +27,7 @@ from downslope.rules.route import REST
 from downslope.rules.rule import check, in_series
 from downslope.schedule import Duration, Schedule, duration, in_steps
 from downslope.state import plain_name
+from downslope.strategies import STRATEGIES, Strategy
 
 CATALOGUE = {**LINKS, **RULES}
 
@@ -56,8 +57,9 @@ class Recipe:
 
     `steps`: length of the training, applied updates or "20 epochs" or "64000 samples". `batch_size`: items
     per update. `route`: chains of their own for the parameters of a role (see `ds.groups`); `roles`: numbers
-    overridden for a role. `guard`: skip updates whose gradients are not finite. A percentage in a schedule is
-    of the training.
+    overridden for a role. `guard`: skip updates whose gradients are not finite. `strategies`: what is chosen
+    beyond the rule, by name or as a list (see `ds.strategies`); `observe`: how often those that react, and
+    schedules such as plateau, see a validation. A percentage in a schedule is of the training.
 
     >>> import downslope as ds
     >>> rate = ds.cosine(3e-4, steps="100 %", warmup="5 %")
@@ -72,6 +74,8 @@ class Recipe:
     roles: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     guard: bool = True
     route: Mapping[str, Chain] = field(default_factory=dict)
+    strategies: Mapping[str, Strategy] = field(default_factory=dict)  # or, to begin with, a list of them
+    observe: Duration = "1 epoch"
 
     def __post_init__(self) -> None:
         if isinstance(self.chain, Route):
@@ -91,6 +95,9 @@ class Recipe:
             self._set("route", _routed(self.route))
         with under("roles"):
             self._set("roles", _overrides(self.roles, Route({**self.route, REST: self.chain})))
+        self._set("strategies", _company(self.strategies))
+        with under("observe"):
+            self._set("observe", _length(self.observe))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -134,7 +141,13 @@ class Recipe:
         for role, numbers in shape.roles.items():
             with under("roles", role):
                 roles[role] = _numbers(numbers)
-        return cls(made, shape.steps, shape.batch_size, roles, shape.guard, routed)
+        strategies = {}
+        for name, kind in STRATEGIES.items():
+            if (table := getattr(shape, name)) is not None:
+                with under(name):
+                    strategies[name] = kind.from_data(table)
+        more = {} if shape.observe is None else {"observe": shape.observe}
+        return cls(made, shape.steps, shape.batch_size, roles, shape.guard, routed, strategies, **more)
 
     def data(self) -> dict[str, Any]:
         """The recipe as plain JSON or TOML data, with every number written out; `from_data` reads it back."""
@@ -146,18 +159,23 @@ class Recipe:
             "chain": _tables(self.chain),
             **({"route": routed} if routed else {}),
             "roles": {role: _plain(numbers) for role, numbers in self.roles.items()},
+            **({"observe": self.observe} if self.observe != "1 epoch" else {}),
+            **{name: strategy.data() for name, strategy in self.strategies.items()},
         }
 
     def text(self) -> str:
         """The recipe as TOML, every number written out; `parse` reads it back to an equal recipe."""
         data = self.data()
-        lines = [f"{key} = {_toml(data[key])}" for key in ("steps", "batch_size", "guard")]
+        first = ("steps", "batch_size", "guard", "observe")
+        lines = [f"{key} = {_toml(data[key])}" for key in first if key in data]
         chains = {"chain": data["chain"], **{f"route.{k}": v for k, v in data.get("route", {}).items()}}
         for name, tables in chains.items():
             for numbers in tables:
                 lines += ["", f"[[{name}]]", *_pairs(numbers)]
         for role, numbers in data["roles"].items():
             lines += ["", f"[roles.{role}]", *_pairs(numbers)]
+        for name in self.strategies:
+            lines += ["", f"[{name}]", *_pairs(data[name])]
         return "\n".join(lines) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -213,19 +231,31 @@ class Recipe:
             "steps_per_epoch": steps_per_epoch,
             "batch_size": self.batch_size,
         }
-        named = groups(model)
-        members: dict[str, list[tuple[str, nn.Parameter]]] = {REST: []}
+        named, slower = groups(model), self._multipliers(model)
+        members: dict[tuple[str, float], list[tuple[str, nn.Parameter]]] = {(REST, 1.0): []}
         for name, parameter in model.named_parameters():
             role = named.role(name) if named.role(name) in {*self.roles, *self.route} else REST
-            members.setdefault(role, []).append((plain_name(name), parameter))
-        listed = [
-            {"params": held, "role": role, **_resolved(self.roles.get(role, {}), rates)}
-            for role, held in members.items()
-            if held
-        ]
+            key = (role, slower.get(plain_name(name), 1.0))
+            members.setdefault(key, []).append((plain_name(name), parameter))
+        listed = []
+        for (role, times), held in members.items():
+            numbers = dict(self.roles.get(role, {}))
+            if times != 1.0:
+                rate = numbers.get("lr", self.route.get(role, self.chain).defaults["lr"])
+                numbers["lr"] = rate.scaled(times) if isinstance(rate, Schedule) else rate * times
+            if held:
+                listed.append({"params": held, "role": role, **_resolved(numbers, rates)})
         chains = {**self.route, REST: self.chain}
         resolved = {role: _changed(made, _resolved(made.defaults, rates)) for role, made in chains.items()}
         return Optimizer(listed, Route(resolved), guard=self.guard, model=model)
+
+    def _multipliers(self, model: nn.Module) -> dict[str, float]:
+        """Of the learning rate, by parameter name."""
+        found: dict[str, float] = {}
+        for strategy in self.strategies.values():
+            for name, value in strategy.multipliers(model).items():
+                found[name] = found.get(name, 1.0) * value
+        return found
 
     def _outline(self) -> dict[str, Any]:
         """The recipe's data with the parts of its chain by name."""
@@ -245,7 +275,7 @@ class Recipe:
         return hash(self.hash)
 
 
-class _Shape(BaseModel):
+class _Plain(BaseModel):
     """What a file must look like before anything in it is understood."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -256,9 +286,15 @@ class _Shape(BaseModel):
     chain: list[dict[str, Any]] = Field(min_length=1, examples=['a table [[chain]] with part = "adamw"'])
     route: dict[str, list[dict[str, Any]]] = {}
     roles: dict[str, dict[str, Any]] = {}
+    observe: Any = None
 
 
-def _shape(data: Mapping[str, Any]) -> _Shape:
+_TABLES: dict[str, Any] = dict.fromkeys(STRATEGIES, (dict[str, Any] | None, None))
+_Shape = create_model("_Shape", __base__=_Plain, **_TABLES)
+"""The same with a table a strategy."""
+
+
+def _shape(data: Mapping[str, Any]) -> Any:
     try:
         return _Shape.model_validate(data)
     except ValidationError as error:
@@ -302,6 +338,22 @@ def _named_parts(made: Chain, beside: Mapping[str, Any] = MappingProxyType({})) 
         twins = sum(key == part.name or key.startswith(f"{part.name}#") for key in [*beside, *found])
         found[f"{part.name}#{twins + 1}" if twins else part.name] = _plain(part.given)
     return found
+
+
+def _company(given: Any) -> Mapping[str, Strategy]:
+    """Strategies by name, in the catalogue's order, none twice, all of them getting on with each other."""
+    listed = list(given.values()) if isinstance(given, Mapping) else list(given)
+    found: dict[str, Strategy] = {}
+    for one in listed:
+        if not isinstance(one, Strategy):
+            raise BadInput(f"a strategy is one of {', '.join(STRATEGIES)} of ds.strategies, got {one!r}.")
+        if one.name in found:
+            raise BadInput(f"{one.name} stands twice; a recipe has one of each.")
+        found[one.name] = one
+    for name, one in found.items():
+        with under(name):
+            one.refuse({other: held for other, held in found.items() if other != name})
+    return MappingProxyType({name: found[name] for name in STRATEGIES if name in found})
 
 
 def _routed(given: Mapping[str, Any]) -> Mapping[str, Chain]:

@@ -140,9 +140,12 @@ def _trial(one: Candidate, samples: int, number: int) -> Trial:
     rate = recipe.chain.lr
     shape: dict[str, Any] = {"peak": rate}
     if isinstance(rate, Schedule):
-        shape = dict(rate.resolve(steps, epoch, recipe.batch_size).numbers)
-    while "trunk" in shape:  # a branch is judged by what it branches off
-        shape = dict(shape["trunk"].numbers)
+        resolved = rate.resolve(steps, epoch, recipe.batch_size)
+        while resolved.kind == "branch":  # it is judged by what it branches off
+            resolved = resolved.parts[0]
+        shape = {"peak": resolved.peak, **dict(resolved.numbers)}
+        if resolved.kind != "wsd":  # a plateau's counts observations
+            shape.pop("cooldown", None)
     trunk = constant(shape["peak"], shape.get("warmup", 0))
     return Trial(
         trial=number,

@@ -148,6 +148,8 @@ def check(where: str, name: str, value: Any, default: Setting | None = None, of:
         for end, level in value.data().items():
             if end in ("peak", "end"):
                 check(f"{where} (its {end})", name, level, of=of)
+        for level in getattr(value, "bounds", ()):
+            check(f"{where} (somewhere in its schedule)", name, level, of=of)
     elif isinstance(value, bool) or not hasattr(value, "__float__") or getattr(value, "ndim", False):
         raise BadInput(f"{where} must be a number or a schedule; {value!r} was given.")
     elif not term(name, of).admits(float(value)):

@@ -22,6 +22,18 @@ def lines(over: str, shape: Sequence[int]) -> tuple[int, ...]:
     return (seen - 1 if over == "row" else seen - 2,)
 
 
+def spanned(part: Sequence[int], whole: Sequence[int]) -> tuple[int, int] | None:
+    """(span, run) of an array that has length 1 along some axes of a view: the element at `flat` of the view
+    reads its entry at `flat // span * run + flat % run`. None where no such numbers are.
+    """
+    if tuple(part) == tuple(whole):
+        return max(math.prod(whole), 1), max(math.prod(whole), 1)
+    lost = [axis for axis, size in enumerate(whole) if part[axis] != size]
+    if lost == list(range(lost[0], len(whole))):
+        return math.prod(whole[lost[0] :]), 1
+    return (whole[-2] * whole[-1], whole[-1]) if lost == [len(whole) - 2] else None
+
+
 def counted(over: str, shape: Sequence[int]) -> float:
     """How many elements a scope holds, or how many rows, columns and dimensions the weight has."""
     seen = view(shape)

@@ -51,9 +51,9 @@ class Loop:
         """Train to the end and return the last validation. Each piece of work is saved before it is left."""
         state, plan = self.state, self.plan
         with self._signals:
-            while state.step < plan.steps:
+            while not state.done:
                 self._advance(min(self._next(plan.valid_every), self._next(plan.save_every), plan.steps))
-                if state.step == self._next(plan.valid_every, 0) or state.step == plan.steps:
+                if state.step == self._next(plan.valid_every, 0) or state.done:
                     self._validate()
                 if self._save_due():
                     self._save()
@@ -113,7 +113,7 @@ class Loop:
 
     def _save_due(self) -> bool:
         step = self.state.step
-        due = step == self.plan.steps or self._overdue() or self._signals.caught is not None
+        due = self.state.done or self._overdue() or self._signals.caught is not None
         return step > self._saved_at and (due or step == self._next(self.plan.save_every, 0))
 
     def _save(self) -> None:

@@ -139,7 +139,7 @@ def _go_on(
         for sentence in damaged:
             show.say(f"{sentence} Going on from step {state.step}.")
         ended = next((event for event in past if event["kind"] == "end"), None)
-        if ended is None or state.step < plan.steps:
+        if ended is None or not state.done:
             if past:
                 entry = task.entry.data() if task.entry else None
                 journal.append("resume", step=state.step, after=after, damaged=damaged, entry=entry)
@@ -167,6 +167,8 @@ def _start(plan: Plan, task: Task, recipe: Recipe) -> dict[str, Any]:
 def _finish(folder: RunFolder, loop: Loop) -> Event:
     """Train to the end, test, and say so: the test part is looked at here and nowhere else."""
     valid, state = loop.run(), loop.state
+    if state.finish():
+        valid = state.evaluate("valid")
     test = state.evaluate("test") if state.task.test is not None else None
     ended: dict[str, Any] = {"step": state.step, "valid": valid.data(), "test": test.data() if test else None}
     result = {"schema": 1, **ended, "valid": _finite(valid), "test": test and _finite(test)}
@@ -178,6 +180,8 @@ def _finish(folder: RunFolder, loop: Loop) -> Event:
 def _run(path: Path, plan: Plan, task: Task, state: TrainState, ended: Event) -> Run:
     valid, test = (Evaluation(**ended[part]) if ended[part] else None for part in ("valid", "test"))
     assert valid is not None
+    if not state.finished:
+        state.finish()
     return Run(path, plan.task, plan.seed, plan.steps, task.metric_name, valid, test, state.model)
 
 

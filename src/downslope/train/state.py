@@ -8,7 +8,8 @@ the others.
 import platform
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -16,15 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from downslope.errors import BadInput, DownslopeError
+from downslope.journal import read
 from downslope.optimizer import Optimizer
 from downslope.recipe import Recipe
+from downslope.schedule import in_steps
+from downslope.strategies import Training, begin
 from downslope.tasks import Batch, Data, Task, guest, size, take
 from downslope.train import checkpoint
 from downslope.train.checkpoint import Folder
 from downslope.train.fingerprint import digest, fingerprint
+from downslope.train.history import history
 from downslope.train.order import order, steps_per_epoch
+from downslope.train.plan import Plan
 from downslope.train.random import Generators
 from downslope.train.surroundings import Surroundings, kept
+from downslope.train.weights import at_rest, check_alike, classes, moved
 
 SKIPS = 20
 """Updates that may be skipped in a row before a training is given up."""
@@ -64,9 +71,9 @@ class TrainState:
     """A training of `task` by `recipe` (default: the task's own) that can be paused, saved and branched.
 
     Initial weights and the order of samples come from `seed`. `model` and `optimizer` are live;
-    `optimizer.follow("lr", schedule)` makes a branch. `steps` is the length that the recipe asks for. A batch
-    whose update is skipped is used up, but is no step. Raises BadInput, and UserCodeError where the task's
-    own code raises. `threads`: torch's, if not as many as the process has.
+    `optimizer.follow("lr", schedule)` makes a branch. `steps` is the length that the recipe asks for; `done`
+    may come earlier. A batch whose update is skipped is used up, but is no step. Raises BadInput, and
+    UserCodeError where the task's own code raises. `threads`: torch's, if not as many as the process has.
 
     >>> from downslope.tasks import task
     >>> state = TrainState(task("cancer-logistic"), seed=1)
@@ -77,7 +84,13 @@ class TrainState:
     """
 
     def __init__(
-        self, task: Task, recipe: Recipe | None = None, seed: int = 0, threads: int | None = None
+        self,
+        task: Task,
+        recipe: Recipe | None = None,
+        seed: int = 0,
+        threads: int | None = None,
+        *,
+        fresh: bool = True,
     ) -> None:
         self.task, self.recipe, self.seed = task, recipe or task.recipe, seed
         self.samples = size(task.train)
@@ -85,6 +98,7 @@ class TrainState:
         self.steps = self.recipe.run_steps(self.steps_per_epoch)
         self.batches = 0
         self.skips_in_a_row = 0
+        self.finished = False
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
         self._surroundings = Surroundings.seeded(seed, threads)
         with self._inside():
@@ -94,13 +108,44 @@ class TrainState:
                 raise BadInput(
                     f"'model' of a task must return a torch.nn.Module, got {type(self.model).__name__}."
                 )
-            self.optimizer: Optimizer = self.recipe.build(
-                self.model, steps=self.steps, steps_per_epoch=self.steps_per_epoch
-            )
-            self._device = next(self.model.parameters()).device
             self._train: Data = task.train
-            if isinstance(task.train, tuple):
-                self._train = _moved(task.train, self._device)
+            self._begin(fresh)
+
+    def _begin(self, fresh: bool) -> None:
+        """Let the strategies shape the model, give it its first weights, and join the training."""
+        strategies = self.recipe.strategies
+        for strategy in strategies.values():
+            self.model = strategy.shape(self.model)
+        self._device = next(self.model.parameters()).device
+        if isinstance(self.task.train, tuple):
+            self._train = moved(self.task.train, self._device)
+        rates = {
+            "run_steps": self.steps,
+            "steps_per_epoch": self.steps_per_epoch,
+            "batch_size": self.recipe.batch_size,
+        }
+        training = Training(
+            model=self.model,
+            rates=rates,
+            batches=self._first_batches,
+            classes=classes(self.task.train),
+            better=self.task.higher_is_better,
+            seed=self.seed,
+            loss=self.task.loss,
+            teacher=trained,
+        )
+        if fresh:
+            for strategy in strategies.values():
+                strategy.prepare(training)
+        self.optimizer: Optimizer = self.recipe.build(
+            self.model, steps=self.steps, steps_per_epoch=self.steps_per_epoch
+        )
+        training.optimizer = self.optimizer
+        self.company = begin(strategies, training)
+        self._loss = self.company.loss(self.task.loss)
+        self._observes = 0
+        if self.company.reacts or self.optimizer.reacts:
+            self._observes = max(1, in_steps(self.recipe.observe, "observe", **rates))
 
     @property
     def step(self) -> int:
@@ -118,6 +163,11 @@ class TrainState:
         return self.batches % self.steps_per_epoch
 
     @property
+    def done(self) -> bool:
+        """Whether the training is over: all updates were applied, or a strategy stopped it."""
+        return self.step >= self.steps or self.company.stopped
+
+    @property
     def threads(self) -> int:
         """torch's threads for this training; only with as many are the numbers the same."""
         return self._surroundings.threads
@@ -130,7 +180,7 @@ class TrainState:
         """
         goal = self.steps if until is None else until
         with self._inside():
-            while self.step < goal:
+            while self.step < goal and not self.company.stopped:
                 attempt = self._attempt()
                 pause = on_step is not None and on_step(attempt)
                 if self.step == attempt.step:
@@ -144,22 +194,54 @@ class TrainState:
         In evaluation mode, with the rule's evaluation weights, and without a trace: generators, buffers,
         modes and weights are as before.
         """
+        with kept():
+            self._surroundings.restore()
+            with self._evaluating():
+                return self._judge(part)
+
+    def finish(self) -> bool:
+        """Put the weights that are evaluated into the model for good; whether they are not the last ones that
+        were. For a training that is done.
+        """
+        with self._evaluating():
+            last = {name: value.clone() for name, value in self._weights().items()}
+        best = self.company.best
+        with torch.no_grad():
+            self.model.load_state_dict(last if best is None else best)
+        self.finished = True
+        return best is not None
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Evaluation mode and weights, and afterwards everything as it was."""
+        with kept(), torch.no_grad(), at_rest(self.model), ExitStack() as stack:
+            if not self.finished:
+                stack.enter_context(self.optimizer.averaged())
+                stack.enter_context(self.company.evaluating())
+            yield
+
+    def _judge(self, part: str) -> Evaluation:
         data = {"train": self.task.train, "valid": self.task.valid, "test": self.task.test}.get(part)
         if data is None:
             raise BadInput(f"this task has no part {part!r}; there are train, valid and, if given, test.")
         losses, metrics, counts = [], [], []
         task, total = self.task, size(data)
-        with kept(), torch.no_grad(), _at_rest(self.model), self.optimizer.averaged():
-            self._surroundings.restore()
-            for start in range(0, total, _EVALUATED_AT_ONCE):
-                indices = torch.arange(start, min(start + _EVALUATED_AT_ONCE, total))
-                with guest(f"The loss or metric of {task.name or 'the task'}"):
-                    batch = _moved(take(data, indices), self._device)
-                    losses.append(float(task.loss(self.model, batch)))
-                    same = task.metric is task.loss
-                    metrics.append(losses[-1] if same else float(task.metric(self.model, batch)))
-                counts.append(len(indices))
+        for start in range(0, total, _EVALUATED_AT_ONCE):
+            indices = torch.arange(start, min(start + _EVALUATED_AT_ONCE, total))
+            with guest(f"The loss or metric of {task.name or 'the task'}"):
+                batch = moved(take(data, indices), self._device)
+                losses.append(float(task.loss(self.model, batch)))
+                same = task.metric is task.loss
+                metrics.append(losses[-1] if same else float(task.metric(self.model, batch)))
+            counts.append(len(indices))
         return Evaluation(_mean(losses, counts), _mean(metrics, counts))
+
+    def _observe(self) -> None:
+        """Validate, and tell the strategies and schedules that go by it."""
+        with self._evaluating():
+            seen = self._judge("valid")
+            self.company.observed(self.step, seen.loss, seen.metric)
+        self.optimizer.observe(seen.loss)
 
     def save(self, folder: Folder) -> str:
         """Write a checkpoint, durably and whole or not at all, and return the SHA-256 of its manifest.
@@ -173,6 +255,8 @@ class TrainState:
         }
         if hidden := self._hidden_buffers():
             files["buffers.safetensors"] = checkpoint.pack(hidden)
+        if held := self.company.tensors():
+            files["strategies.safetensors"] = checkpoint.pack(held)
         return checkpoint.write(folder, files, step=self.step, world=1)
 
     @classmethod
@@ -188,19 +272,23 @@ class TrainState:
         if recipe is not None and recipe.hash != saved.hash:
             changes = "; ".join(map(str, saved.diff(recipe)))
             raise BadInput(f"the checkpoint {folder} was made by another recipe: {changes}.")
-        state = cls(task, saved, data["seed"])
+        state = cls(task, saved, data["seed"], fresh=False)
         if state.samples != data["samples"]:
             raise BadInput(
                 f"the checkpoint {folder} saw {data['samples']} samples, the task now has {state.samples}."
             )
         weights = checkpoint.tensors(folder, "model.safetensors")
-        _check_alike(state._weights(), weights, Path(folder))
+        check_alike(state._weights(), weights, Path(folder))
         with torch.no_grad():
             state.model.load_state_dict(weights)
             hidden = state._hidden_buffers()
             if "buffers.safetensors" in files:
                 for name, buffer in checkpoint.tensors(folder, "buffers.safetensors").items():
                     hidden[name].copy_(buffer)
+        held = "strategies.safetensors" in files
+        state.company.load(
+            data["strategies"], checkpoint.tensors(folder, "strategies.safetensors") if held else {}
+        )
         state._load_optimizer(data["optimizer"], checkpoint.tensors(folder, "optimizer.safetensors"))
         state.batches, state.skips_in_a_row = data["batches"], data["skips_in_a_row"]
         state._surroundings = Surroundings(Generators.from_data(data["generators"]), data["threads"])
@@ -216,20 +304,27 @@ class TrainState:
         tensors = {f"model {name}": tensor for name, tensor in self._weights().items()}
         tensors |= {f"model {name}": tensor for name, tensor in self._hidden_buffers().items()}
         tensors |= {f"optimizer {name}": tensor for name, tensor in self._slots().items()}
+        tensors |= {f"strategy {name}": tensor for name, tensor in self.company.tensors().items()}
         found |= {name: fingerprint(tensor) for name, tensor in tensors.items()}
         for place, group in enumerate(data["optimizer"]["param_groups"]):
             found |= {f"optimizer group {place} {key}": repr(value) for key, value in group.items()}
+        found |= {f"strategy {name}": repr(held) for name, held in data["strategies"].items()}
+        found["optimizer seen"] = repr(data["optimizer"]["seen"])
         return {**found, "optimizer schedules": repr(data["optimizer"]["schedules"])}
 
     def _attempt(self) -> Attempt:
         step, lr = self.step, self.optimizer.param_groups[0].get("lr")
-        with guest(f"The loss of {self.task.name or 'the task'}"):
+        guarded = partial(guest, f"The loss of {self.task.name or 'the task'}")
+        with guarded():
             batch = self._batch()
+        self.company.before(step)
+        pieces = list(self.company.parts(batch))
 
         def closure() -> Tensor:
-            with guest(f"The loss of {self.task.name or 'the task'}"):
+            with guarded():
                 self.optimizer.zero_grad()
-                return _backward(self.task.loss(self.model, batch))
+                losses = [_backward(self._loss(self.model, piece), share) for piece, share in pieces]
+                return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
         if self.optimizer.asks_again:
             loss = self.optimizer.step(closure)
@@ -238,6 +333,10 @@ class TrainState:
             self.optimizer.step()
         self.batches += 1
         skipped = self.optimizer.skipped.names if self.optimizer.skipped else ()
+        if self.step > step:
+            self.company.applied(self.step)
+            if self._observes and self.step % self._observes == 0:
+                self._observe()
         self.skips_in_a_row = self.skips_in_a_row + 1 if skipped else 0
         return Attempt(step, loss.detach(), lr, skipped)
 
@@ -256,8 +355,17 @@ class TrainState:
         epoch, position, count = self.epoch, self.position, self.recipe.batch_size
         if self._order[0] != epoch:
             self._order = (epoch, order(self.samples, self.seed, epoch))
-        batch = take(self._train, self._order[1][position * count : (position + 1) * count])
-        return batch if self._train is not self.task.train else _moved(batch, self._device)
+        return self._taken(self._order[1][position * count : (position + 1) * count])
+
+    def _taken(self, indices: Tensor) -> Batch:
+        batch = take(self._train, indices)
+        return batch if self._train is not self.task.train else moved(batch, self._device)
+
+    def _first_batches(self, count: int) -> Iterator[Batch]:
+        """The first batches of the training, in the order of its first pass; no more than that has."""
+        first, items = order(self.samples, self.seed, 0), self.recipe.batch_size
+        for place in range(min(count, self.steps_per_epoch)):
+            yield self._taken(first[place * items : (place + 1) * items])
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
@@ -311,7 +419,12 @@ class TrainState:
             "torch": torch.__version__,
             "python": platform.python_version(),
             "generators": self._surroundings.generators.data(),
-            "optimizer": {"param_groups": _plain(packed["param_groups"]), "schedules": packed["schedules"]},
+            "strategies": self.company.data(),
+            "optimizer": {
+                "param_groups": _plain(packed["param_groups"]),
+                "schedules": packed["schedules"],
+                "seen": packed["seen"],
+            },
         }
 
     def _load_optimizer(self, data: Mapping[str, Any], slots: Mapping[str, Tensor]) -> None:
@@ -326,54 +439,27 @@ class TrainState:
             self.optimizer.load_state_dict({**data, "state": state})
 
 
-def _backward(loss: Tensor) -> Tensor:
-    """Send a loss backward. ValueError if it is not one number."""
+def trained(folder: str) -> nn.Module:
+    """The model of a finished run, with the weights that were evaluated; BadInput if it has not ended."""
+    plan = Plan.read(folder)
+    events = history(read(Path(folder, "journal.jsonl")))
+    if not any(event["kind"] == "end" for event in events):
+        raise BadInput(f"the run in {folder} has not ended; go on with it by `downslope resume {folder}`.")
+    last = next(event for event in reversed(events) if event["kind"] == "checkpoint")
+    task = plan.find_task(None, allow_code_change=False)
+    state = TrainState.load(Path(folder, "ckpt", last["name"]), task, sha=last["sha"])
+    state.finish()
+    return state.model
+
+
+def _backward(loss: Tensor, share: float) -> Tensor:
+    """Send a loss backward, as a share of the whole. ValueError if it is not one number."""
     if not isinstance(loss, Tensor) or loss.ndim:
         given = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
         raise ValueError(f"a loss must be a tensor with one number (0-d), got {given}")
-    loss.backward()  # type: ignore[no-untyped-call]
-    return loss
-
-
-@contextmanager
-def _at_rest(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every module's mode and every buffer is as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for buffer, before in buffers:
-            if not torch.equal(buffer, before):
-                buffer.copy_(before)
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on `device`, whatever they are nested in."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: _moved(item, device) for key, item in batch.items()}
-    if isinstance(batch, list | tuple):
-        items = [_moved(item, device) for item in batch]
-        return tuple(items) if isinstance(batch, tuple) else items
-    return batch
-
-
-def _check_alike(mine: Mapping[str, Tensor], saved: Mapping[str, Tensor], folder: Path) -> None:
-    """BadInput, naming the first tensor, unless both have the same names, shapes and types."""
-    for name in sorted({*mine, *saved}):
-        here, there = (
-            f"{list(side[name].shape)} {side[name].dtype}" if name in side else "nothing"
-            for side in (mine, saved)
-        )
-        if here != there:
-            raise BadInput(
-                f"the checkpoint {folder} is of another model: {name} is {there} there and {here} here."
-            )
+    part = loss if share == 1.0 else loss * share
+    part.backward()  # type: ignore[no-untyped-call]
+    return part.detach()
 
 
 def _names(groups: list[dict[str, Any]]) -> dict[int, str]:

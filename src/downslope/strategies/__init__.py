@@ -1,0 +1,36 @@
+"""Strategies: what a recipe chooses beyond the update rule, each a table of its own."""
+
+from downslope.strategies.average import average
+from downslope.strategies.data import micro, mix, smoothing
+from downslope.strategies.layers import depth, dropout, freeze, normalisation, rates, start
+from downslope.strategies.live import Company, begin
+from downslope.strategies.stop import stop
+from downslope.strategies.strategy import Batch, Live, Loss, Strategy, Training
+
+STRATEGIES: dict[str, type[Strategy]] = {
+    made.__name__: made
+    for made in (rates, freeze, start, normalisation, dropout, depth, mix, smoothing, micro, average, stop)
+}
+"""Every strategy by the name of its table; in this order they shape a model and see a batch."""
+
+__all__ = [
+    "STRATEGIES",
+    "Batch",
+    "Company",
+    "Live",
+    "Loss",
+    "Strategy",
+    "Training",
+    "average",
+    "begin",
+    "depth",
+    "dropout",
+    "freeze",
+    "micro",
+    "mix",
+    "normalisation",
+    "rates",
+    "smoothing",
+    "start",
+    "stop",
+]

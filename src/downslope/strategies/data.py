@@ -1,0 +1,132 @@
+"""What is done to a batch on its way into the training: mixing and smoothing, and pieces of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from downslope.augment import Mix, soft_targets
+from downslope.errors import BadInput
+from downslope.strategies.strategy import Batch, Live, Strategy, Training
+
+
+@dataclass(frozen=True, kw_only=True)
+class mix(Strategy):
+    """Mix each item of a batch with another: `mixup`, `cutmix` are the alpha of Beta(alpha, alpha), 0 is off.
+
+    Targets become probabilities, smoothed by `smoothing`; the task's loss must take them, as
+    `ds.cross_entropy` does. `probability`: how often a batch is mixed; `cutmix_share`: of those, where both
+    are on; `per_item`: every item draws for itself. Source: arXiv:1710.09412, arXiv:1905.04899. Not for:
+    targets that are places in the input, nor token ids.
+    """
+
+    mixup: float = 0.2
+    cutmix: float = 0.0
+    probability: float = 1.0
+    cutmix_share: float = 0.5
+    per_item: bool = False
+    smoothing: float = 0.0
+    classes: int | None = None
+
+    def __post_init__(self) -> None:
+        Mix(**self.data())
+
+    def begin(self, training: Training) -> Live:
+        """The mixing of every batch; draws come from the training's own generator."""
+        known = {**self.data(), "classes": self.classes or training.classes}
+        return _Changed(Mix(**known))
+
+
+@dataclass(frozen=True, kw_only=True)
+class smoothing(Strategy):
+    """Label smoothing: targets are `share` of uniform and the rest their class.
+
+    The task's loss must take probabilities, as `ds.cross_entropy` does. Source: Szegedy et al.,
+    arXiv:1512.00567, section 7. Not for: a teacher that is to be distilled from (arXiv:1906.02629); with
+    [mix], which smooths by its own `smoothing`.
+    """
+
+    share: float = 0.1
+    classes: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < 1:
+            raise BadInput(f"share must be from 0 to below 1, got {self.share!r}.")
+
+    def refuse(self, others: Any) -> None:
+        """Mixing smooths by itself."""
+        if "mix" in others:
+            raise BadInput("[smoothing] beside [mix] would smooth twice: give [mix] its own smoothing.")
+
+    def begin(self, training: Training) -> Live:
+        """The smoothing of every batch."""
+        classes = self.classes or training.classes
+        if classes is None:
+            raise BadInput("[smoothing] needs classes=…: the task's targets do not say how many there are.")
+
+        def smooth(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            return inputs, soft_targets(targets, classes, self.share)
+
+        return _Changed(smooth)
+
+
+class _Changed(Live):
+    def __init__(self, change: Any) -> None:
+        self.change = change
+
+    def batch(self, batch: Batch) -> Batch:
+        if not (isinstance(batch, tuple | list) and len(batch) == 2):
+            raise BadInput("to mix or smooth, a batch must be (inputs, targets).")
+        return tuple(self.change(*batch))
+
+
+@dataclass(frozen=True, kw_only=True)
+class micro(Strategy):
+    """Take the gradient of a batch in pieces of `items`, which add up to that of the whole batch.
+
+    Each piece counts by its share of the items, the last, shorter one too, and clip, decay and step come once
+    a batch: but for BatchNorm, which sees pieces, and random numbers, nothing changes except memory. Not for:
+    losses that compare items of a batch with each other.
+    """
+
+    items: int
+
+    def __post_init__(self) -> None:
+        if type(self.items) is not int or self.items < 1:
+            raise BadInput(f"items must be a whole number from 1, got {self.items!r}.")
+
+    def begin(self, training: Training) -> Live:
+        """The pieces of every batch."""
+        return _Pieces(self.items)
+
+
+class _Pieces(Live):
+    def __init__(self, items: int) -> None:
+        self.items = items
+
+    def parts(self, batch: Batch) -> Iterator[tuple[Batch, float]]:
+        count = _length(batch)
+        for start in range(0, count, self.items):
+            piece = _sliced(batch, slice(start, start + self.items))
+            yield piece, min(self.items, count - start) / count
+
+
+def _length(batch: Batch) -> int:
+    if isinstance(batch, Tensor):
+        return len(batch)
+    if isinstance(batch, dict):
+        return _length(next(iter(batch.values())))
+    if isinstance(batch, tuple | list) and batch:
+        return _length(batch[0])
+    raise BadInput(f"[micro] takes batches of tensors, items first, got {type(batch).__name__}.")
+
+
+def _sliced(batch: Batch, part: slice) -> Batch:
+    if isinstance(batch, Tensor):
+        return batch[part]
+    if isinstance(batch, dict):
+        return {key: _sliced(value, part) for key, value in batch.items()}
+    return tuple(_sliced(value, part) for value in batch)

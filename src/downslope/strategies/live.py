@@ -1,0 +1,97 @@
+"""All strategies of one training, told of everything in one order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from downslope.strategies.strategy import Batch, Live, Loss, Strategy, Training
+
+
+def begin(strategies: Mapping[str, Strategy], training: Training) -> Company:
+    """The live parts of a training's strategies."""
+    return Company({name: strategy.begin(training) for name, strategy in strategies.items()})
+
+
+class Company:
+    """The live parts by name. `tensors` and `data` are of all, under their names."""
+
+    def __init__(self, parts: Mapping[str, Live]) -> None:
+        self.lives = dict(parts)
+
+    @property
+    def reacts(self) -> bool:
+        """Whether any wants to be told of validations."""
+        return any(live.reacts for live in self.lives.values())
+
+    @property
+    def stopped(self) -> bool:
+        """Whether any ends the training here."""
+        return any(live.stopped for live in self.lives.values())
+
+    def loss(self, loss: Loss) -> Loss:
+        """The loss to train by."""
+        for live in self.lives.values():
+            loss = live.loss(loss)
+        return loss
+
+    def parts(self, batch: Batch) -> Iterator[tuple[Batch, float]]:
+        """The batch as it is trained on, in pieces with their shares."""
+        for live in self.lives.values():
+            batch = live.batch(batch)
+        pieces = [(batch, 1.0)]
+        for live in self.lives.values():
+            pieces = [(piece, share * part) for whole, share in pieces for piece, part in live.parts(whole)]
+        yield from pieces
+
+    def before(self, step: int) -> None:
+        """Tell all of an update to come."""
+        for live in self.lives.values():
+            live.before(step)
+
+    def applied(self, step: int) -> None:
+        """Tell all of an update that was made."""
+        for live in self.lives.values():
+            live.applied(step)
+
+    def observed(self, step: int, loss: float, metric: float) -> None:
+        """Tell all of a validation."""
+        for live in self.lives.values():
+            live.observed(step, loss, metric)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """What evaluation sees."""
+        with ExitStack() as stack:
+            for live in self.lives.values():
+                stack.enter_context(live.evaluating())
+            yield
+
+    @property
+    def best(self) -> Mapping[str, Tensor] | None:
+        """The weights that the training should end with, if not its last ones."""
+        return next((live.best for live in self.lives.values() if live.best is not None), None)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of all."""
+        return {
+            f"{name}/{key}": value
+            for name, live in self.lives.items()
+            for key, value in live.tensors().items()
+        }
+
+    def data(self) -> dict[str, Any]:
+        """The plain data of all."""
+        return {name: data for name, live in self.lives.items() if (data := live.data())}
+
+    def load(self, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what these were."""
+        for name, live in self.lives.items():
+            mine = {
+                key.partition("/")[2]: value for key, value in tensors.items() if key.startswith(f"{name}/")
+            }
+            if name in data or mine:
+                live.load(data.get(name, {}), mine)

@@ -1,0 +1,83 @@
+"""Early stopping: the training ends where validations stop getting better, and the best weights come back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from downslope.augment import EarlyStopping
+from downslope.errors import BadInput, nearest
+from downslope.schedule import Duration, in_steps
+from downslope.strategies.strategy import Live, Strategy, Training
+
+WATCHED = ("loss", "metric")
+
+
+@dataclass(frozen=True, kw_only=True)
+class stop(Strategy):
+    """End the training after `patience` validations in a row that are no improvement by `min_delta`.
+
+    `on`: the "metric" or the "loss" of the validations, which the recipe's `observe` spaces. `restore`: go
+    back to the best weights. `relative`: min_delta is a share of the best. `warmup`: a duration in which
+    nothing counts against the training. Source: Prechelt, "Early stopping - but when?", 1998. Not for: a
+    schedule that falls to its end, whose last part is the best.
+    """
+
+    patience: int = 10
+    min_delta: float = 0.0
+    relative: bool = False
+    on: str = "loss"
+    restore: bool = True
+    warmup: Duration = 0
+
+    def __post_init__(self) -> None:
+        if self.on not in WATCHED:
+            raise BadInput(
+                f"on is one of {', '.join(WATCHED)}, got {self.on!r}.{nearest(str(self.on), WATCHED)}"
+            )
+        self._stopping("min", 0)
+
+    def begin(self, training: Training) -> Live:
+        """The watch over the validations."""
+        mode = "max" if self.on == "metric" and training.better else "min"
+        warmup = in_steps(self.warmup, "warmup", **training.rates)
+        return _Stopping(self, self._stopping(mode, warmup), training)
+
+    def _stopping(self, mode: str, warmup: int) -> EarlyStopping:
+        return EarlyStopping(self.patience, self.min_delta, self.relative, mode, warmup)
+
+
+class _Stopping(Live):
+    reacts: ClassVar[bool] = True
+
+    def __init__(self, strategy: stop, stopping: EarlyStopping, training: Training) -> None:
+        self.strategy, self.stopping, self.training = strategy, stopping, training
+        self.kept: dict[str, Tensor] = {}
+
+    @property
+    def stopped(self) -> bool:
+        return self.stopping.stopped
+
+    def observed(self, step: int, loss: float, metric: float) -> None:
+        self.stopping.update(loss if self.strategy.on == "loss" else metric, step)
+        if self.stopping.improved and self.strategy.restore:
+            # The weights that were judged: `observed` is called where they are in place.
+            held = self.training.model.state_dict()
+            self.kept = {name: value.detach().clone() for name, value in held.items()}
+
+    @property
+    def best(self) -> Mapping[str, Tensor] | None:
+        return self.kept or None
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.kept
+
+    def data(self) -> dict[str, Any]:
+        return asdict(self.stopping)
+
+    def load(self, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        self.stopping = EarlyStopping.from_state(data)
+        self.kept = dict(tensors)

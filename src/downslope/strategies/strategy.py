@@ -1,0 +1,166 @@
+"""A strategy: a choice of a recipe beyond the update rule, as plain data, and what it does in one training.
+
+A strategy is a frozen dataclass whose fields are numbers, texts, lists and schedules; its class, in lower
+case, is the name of its table in a recipe, of which there is one at most. `shape` changes the model for good,
+in every process that goes on with the training; `prepare` writes first weights, once; `begin` gives the
+`Live` part, which the training tells of every step and which it saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, nn
+
+from downslope.errors import BadInput, nearest, under
+from downslope.optimizer import Optimizer
+from downslope.schedule import Schedule
+
+Batch = Any
+Loss = Callable[[nn.Module, Batch], Tensor]
+
+
+@dataclass
+class Training:
+    """What a strategy may know of the training it is part of.
+
+    `rates`: what durations need (`run_steps`, `steps_per_epoch`, `batch_size`). `batches(n)`: the first n of
+    the training's batches. `better`: whether of two metrics the higher is better. `teacher(folder)`: the
+    trained model of a finished run.
+    """
+
+    model: nn.Module
+    rates: Mapping[str, int | None]
+    batches: Callable[[int], Iterable[Batch]]
+    classes: int | None
+    better: bool
+    seed: int
+    loss: Loss
+    teacher: Callable[[str], nn.Module]
+    optimizer: Optimizer | None = None
+
+
+class Live:
+    """What a strategy does in a training. Each of these does nothing unless a strategy says otherwise."""
+
+    reacts: ClassVar[bool] = False
+    """Whether it wants to be told of validations."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the training is to end here."""
+        return False
+
+    def loss(self, loss: Loss) -> Loss:
+        """The loss to train by, in place of `loss`."""
+        return loss
+
+    def batch(self, batch: Batch) -> Batch:
+        """The batch to train on, in place of the data's."""
+        return batch
+
+    def parts(self, batch: Batch) -> Iterator[tuple[Batch, float]]:
+        """The batch in pieces, each with its share of the items."""
+        yield batch, 1.0
+
+    def before(self, step: int) -> None:
+        """Called before update `step`, from 0, is computed."""
+
+    def applied(self, step: int) -> None:
+        """Called when `step` updates have been applied."""
+
+    def observed(self, step: int, loss: float, metric: float) -> None:
+        """Called with a validation after `step` updates."""
+
+    def evaluating(self) -> AbstractContextManager[object]:
+        """Entered around every evaluation."""
+        return nullcontext()
+
+    @property
+    def best(self) -> Mapping[str, Tensor] | None:
+        """The weights (a state dict) that the training should end with, if not its last ones."""
+        return None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that it needs to go on, by name."""
+        return {}
+
+    def data(self) -> dict[str, Any]:
+        """What else it needs to go on, as plain JSON data."""
+        return {}
+
+    def load(self, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `data` and `tensors` were."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """A choice of a recipe beyond the update rule; see the module."""
+
+    needs: ClassVar[str] = ""
+    """What of it a reader of an error should know."""
+
+    @property
+    def name(self) -> str:
+        """Its table in a recipe."""
+        return type(self).__name__
+
+    def data(self) -> dict[str, Any]:
+        """The strategy as plain data, every field written out but those that are None."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {key: _plain(value) for key, value in values.items() if value is not None}
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> Self:
+        """The strategy of a table. BadInput names a key that is unknown or missing."""
+        if not isinstance(data, Mapping):
+            raise BadInput(f"[{cls.__name__}] is a table, got {data!r}.")
+        allowed = [item.name for item in fields(cls)]
+        for key in data:
+            if key not in allowed:
+                hint = nearest(str(key), allowed)
+                told = ", ".join(allowed)
+                raise BadInput(f"[{cls.__name__}] has no key {key!r}.{hint} Allowed: {told}.", key=(key,))
+        given = {}
+        for key, value in data.items():
+            with under(key):
+                given[key] = _read(value)
+        try:
+            return cls(**given)
+        except TypeError as error:
+            raise BadInput(f"[{cls.__name__}] lacks a key: {str(error).partition('argument')[2]}.") from None
+
+    def refuse(self, others: Mapping[str, Strategy]) -> None:
+        """Raise BadInput, with the reason, for another strategy that this one does not combine with."""
+
+    def shape(self, model: nn.Module) -> nn.Module:
+        """The model to train in place of `model`."""
+        return model
+
+    def prepare(self, training: Training) -> None:
+        """Write the first weights; only where a training begins."""
+
+    def multipliers(self, model: nn.Module) -> Mapping[str, float]:
+        """Learning-rate multipliers by parameter name; 1 where none is given."""
+        return {}
+
+    def begin(self, training: Training) -> Live:
+        """Its part in a training, whose optimizer is there now."""
+        return Live()
+
+
+def _read(value: Any) -> Any:
+    if isinstance(value, Mapping) and "schedule" in value:
+        return Schedule.from_data(value)
+    return tuple(_read(one) for one in value) if isinstance(value, list) else value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Schedule):
+        return value.data()
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, tuple | list) else value

@@ -1,0 +1,62 @@
+"""A model's weights and the data beside them: at rest, on a device, compared, and those of a finished run."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from downslope.errors import BadInput
+from downslope.tasks import Data
+
+
+@contextmanager
+def at_rest(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every module's mode and every buffer is as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for buffer, before in buffers:
+            if not torch.equal(buffer, before):
+                buffer.copy_(before)
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on `device`, whatever they are nested in."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: moved(item, device) for key, item in batch.items()}
+    if isinstance(batch, list | tuple):
+        items = [moved(item, device) for item in batch]
+        return tuple(items) if isinstance(batch, tuple) else items
+    return batch
+
+
+def check_alike(mine: Mapping[str, Tensor], saved: Mapping[str, Tensor], folder: Path) -> None:
+    """BadInput, naming the first tensor, unless both have the same names, shapes and types."""
+    for name in sorted({*mine, *saved}):
+        here, there = (
+            f"{list(side[name].shape)} {side[name].dtype}" if name in side else "nothing"
+            for side in (mine, saved)
+        )
+        if here != there:
+            raise BadInput(
+                f"the checkpoint {folder} is of another model: {name} is {there} there and {here} here."
+            )
+
+
+def classes(data: Data) -> int | None:
+    """How many classes whole-number targets name, where each item has one; None for other data."""
+    if not isinstance(data, tuple) or len(data) != 2:
+        return None
+    targets = data[1]
+    plain = targets.ndim == 1 and not targets.is_floating_point() and targets.dtype is not torch.bool
+    return int(targets.max()) + 1 if plain else None
