@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from downslope.errors import BadInput, nearest, under
-from downslope.kernels.collective import Share, is_shared, local
+from downslope.kernels.collective import Share, is_shared, local, reshard
 from downslope.schedule import Duration, duration, in_steps
 from downslope.state import listed, plain_name
 
@@ -324,7 +324,7 @@ class Average:
                     recalibrate(target)
             yield target
         finally:
-            _reshard(target)
+            reshard(target)
             with torch.no_grad():
                 for tensor, copy in kept:
                     tensor.copy_(copy)
@@ -456,20 +456,13 @@ def _by_name(named: Iterable[tuple[str, T]]) -> dict[str, T]:
 
 def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The parameters and the buffers of a model by name, tied ones once, as the optimizer sees them."""
-    _reshard(model)
+    reshard(model)
     parameters: dict[str, Tensor] = _by_name(model.named_parameters())
     buffers = _by_name(model.named_buffers())
     for name, tensor in (parameters | buffers).items():
         if is_lazy(tensor) or tensor.is_meta:
             raise BadInput(f"{name} has no memory yet; run a batch through the model (or to_empty) first.")
     return parameters, buffers
-
-
-def _reshard(model: nn.Module) -> None:
-    """Let FSDP2 forget gathered weights: it would go on with them, and miss what is written to the shards."""
-    for module in model.modules():
-        if callable(reshard := getattr(module, "reshard", None)) and hasattr(module, "unshard"):
-            reshard()
 
 
 def _keeps_statistics(model: nn.Module) -> bool:

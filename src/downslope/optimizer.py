@@ -17,7 +17,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from downslope.admission import Parameters, admit, listed
 from downslope.errors import BadInput, nearest
-from downslope.kernels.collective import agree, averaged, local
+from downslope.kernels.collective import agree, averaged, local, reshard
 from downslope.kernels.update import Skipped
 from downslope.machine import Machine
 from downslope.rules import Chain, Part, Route, Rule
@@ -249,10 +249,12 @@ class Optimizer(torch.optim.Optimizer):
             self._averaging = True
             try:
                 self._machine.everyone("evaluation", self.steps)
+                self._forget_gathered()
                 yield
             finally:
                 for weight, copy in kept:
                     weight.copy_(copy)
+                self._forget_gathered()
                 self._averaging = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -338,6 +340,10 @@ class Optimizer(torch.optim.Optimizer):
                     "have; make the optimizer after the model is complete."
                 )
         self._idle = idle
+
+    def _forget_gathered(self) -> None:
+        if self._model is not None:
+            reshard(self._model)
 
     def _scaled(self) -> bool:
         """Whether gradients still carry the scale of a GradScaler, which is then taken off on their way."""

@@ -282,7 +282,7 @@ CHAINS: dict[str, Callable[[], Any]] = {
 
 
 def trained(make: Callable[[], Any], place: Place) -> None:
-    """Real forward and backward passes, every rank with its part of the batch."""
+    """Real forward and backward passes, every rank with its part of the batch, and looks in between."""
     model = place.model()
     optimizer = ds.Optimizer(model, make())
     draws = torch.Generator().manual_seed(3)
@@ -299,6 +299,8 @@ def trained(make: Callable[[], Any], place: Place) -> None:
             return loss
 
         optimizer.step(closure)
+        with torch.no_grad(), optimizer.averaged():  # what a look gathers must not be trained on
+            place.tensors[f"outputs {len(losses)}"] = model(torch.ones_like(x)).mean()
     keep(place, model, optimizer)
     place.facts["calls"] = len(losses)
     assert all(map(math.isfinite, losses)), losses

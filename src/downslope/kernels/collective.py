@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from downslope.errors import BadInput
 
@@ -180,3 +180,10 @@ def averaged(value: float, shares: Sequence[Share | None]) -> float:
         dist.all_reduce(mean, group=share.mesh.get_group(axis))
         mean /= share.mesh.size(axis)
     return float(mean)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let FSDP2 forget gathered weights: it would go on with them, and miss what is written to the shards."""
+    for module in model.modules():
+        if callable(forget := getattr(module, "reshard", None)) and hasattr(module, "unshard"):
+            forget()
