@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import OneHotEncoder
 from tasks.parts import columns
 from torch import Tensor, nn
 
@@ -114,3 +116,18 @@ def test_only_the_rows_of_a_batch_move() -> None:
     for name in ("weights.weight", "factors.weight"):
         moved = (state.model.get_parameter(name) != before[name]).any(dim=1)
         assert torch.equal(moved, held)
+
+
+def test_the_least_loss_and_a_logistic_regressions_are_as_the_page_of_tasks_says() -> None:
+    least = []
+    for seed in range(5):
+        _, clicked, logit = columns(task("clicks-deepfm", seed).valid)
+        least.append(nn.functional.binary_cross_entropy_with_logits(logit, clicked).item())
+    assert np.mean(least) == pytest.approx(0.404, abs=1e-3)
+    (values, clicked, _), held_out = (
+        columns(part) for part in (task("clicks-deepfm").train, task("clicks-deepfm").valid)
+    )
+    ones = OneHotEncoder().fit(values.numpy())
+    judge = LogisticRegression(max_iter=500).fit(ones.transform(values.numpy()), clicked.numpy())
+    told = torch.tensor(judge.decision_function(ones.transform(held_out[0].numpy()))).float()
+    assert excess_log_loss(Told(told), held_out).item() == pytest.approx(0.090, abs=2e-3)

@@ -29,6 +29,10 @@ def clicks_deepfm(seed: int = 0) -> Task:
         metric_name="log loss above the known model's",
         higher_is_better=False,
         target=0.022,
+        reference=(
+            "downslope train clicks-deepfm --seed S, S = 0 to 4: mean 0.0186, on test 0.0182, the known "
+            "model's own log loss being 0.404; logistic regression on the same fields 0.090"
+        ),
         recipe=Recipe(
             chain(adamw(lr=cosine(1e-3, steps="100 %"))),
             steps="4 epochs",

@@ -50,6 +50,7 @@ def digits_resnet(seed: int = 0) -> Task:
         loss=cross_entropy,
         metric=accuracy,
         target=0.98,
+        reference="downslope train digits-resnet --seed S, S = 0 to 4: mean accuracy 0.992, on test 0.992",
         recipe=Recipe(chain(adamw(lr=_hill(0.01), weight_decay=0.3)), steps="40 epochs", batch_size=32),
     )
 
@@ -62,6 +63,7 @@ def digits_lstm(seed: int = 0) -> Task:
         loss=cross_entropy,
         metric=accuracy,
         target=0.97,
+        reference="downslope train digits-lstm --seed S, S = 0 to 4: mean accuracy 0.982, on test 0.980",
         recipe=Recipe(
             chain(clip_norm(1.0), adamw(lr=_hill(0.01), weight_decay=0.1)), steps="40 epochs", batch_size=32
         ),
@@ -83,6 +85,10 @@ def digits_factorisation(seed: int = 0) -> Task:
         objective=squared_error,
         optimum=float(left_out.square().sum() / pixels.numel()),
         target=1e-6,
+        reference=(
+            "downslope train digits-factorisation --seed S, S = 0 to 4: mean excess 6e-10 over the "
+            "truncated SVD"
+        ),
         recipe=Recipe(chain(adamw(lr=cosine(0.1, steps="100 %"), weight_decay=0.0)), 1000, 1797),
     )
 

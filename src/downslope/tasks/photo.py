@@ -26,6 +26,10 @@ def photo_kmeans(seed: int = 0) -> Task:
         loss=quantisation_error,
         metric_name="squared distance",
         target=0.0055,
+        reference=(
+            "downslope train photo-kmeans --seed S, S = 0 to 4: mean 0.00535, on test 0.00532; "
+            "scikit-learn's KMeans (n_init 10) 0.00529, MiniBatchKMeans 0.00552"
+        ),
         recipe=Recipe(chain(adam(lr=cosine(0.01, steps="100 %"))), steps="5 epochs", batch_size=1024),
     )
 
@@ -41,6 +45,10 @@ def photo_inr(seed: int = 0) -> Task:
         loss=squared_error,
         metric_name="squared error",
         target=1.9e-3,
+        reference=(
+            "downslope train photo-inr --seed S, S = 0 to 4: mean 0.00174 (27.6 dB), on test 0.00169; "
+            "cubic interpolation (SciPy) 0.0019 to 0.0020"
+        ),
         recipe=Recipe(chain(adam(lr=cosine(3e-4, steps="100 %"))), steps="200 epochs", batch_size=1024),
     )
 

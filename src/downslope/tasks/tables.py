@@ -45,6 +45,10 @@ def diabetes_linear(seed: int = 0) -> Task:
         LinearRegression(),
         loss=squared_error,
         target=1e-6,
+        reference=(
+            "downslope train diabetes-linear --seed S, S = 0 to 4: mean excess 2e-11 over "
+            "scikit-learn's LinearRegression"
+        ),
         recipe=Recipe(chain(lbfgs(lr=1.0)), steps=100, batch_size=442),
     )
 
@@ -59,6 +63,10 @@ def diabetes_lasso(seed: int = 0) -> Task:
         loss=half_squared_error,
         objective=lasso,
         target=1e-6,
+        reference=(
+            "downslope train diabetes-lasso --seed S, S = 0 to 4: excess at most 3e-16 over "
+            "scikit-learn's Lasso, four exact zeros"
+        ),
         recipe=Recipe(
             chain(nesterov(lr=0.1), l1(LASSO)), steps=1000, batch_size=442, roles={"bias": {"l1": 0.0}}
         ),
@@ -76,6 +84,9 @@ def cancer_svm(seed: int = 0) -> Task:
         LinearSVC(loss="hinge", tol=1e-9, max_iter=1_000_000, random_state=0),
         loss=soft_margin,
         target=1e-4,
+        reference=(
+            "downslope train cancer-svm --seed S, S = 0 to 4: mean excess 9e-6 over scikit-learn's LinearSVC"
+        ),
         recipe=Recipe(chain(momentum(lr=cosine(0.3, steps="100 %"))), steps=3000, batch_size=569),
     )
 

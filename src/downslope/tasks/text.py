@@ -33,7 +33,11 @@ def chars_transformer(seed: int = 0) -> Task:
         model=lambda: Transformer(len(alphabet), CONTEXT),
         loss=next_character,
         metric_name="nats per character",
-        target=1.5,
+        target=1.45,
+        reference=(
+            "downslope train chars-transformer --seed S, S = 0 to 4: mean 1.31, on test 1.33; counted "
+            "single characters 3.24, pairs 2.43 (text of Python 3.11)"
+        ),
         recipe=Recipe(
             chain(clip_norm(1.0), adamw(lr=cosine(1e-2, steps="100 %", warmup="5 %"), weight_decay=0.1)),
             steps="6 epochs",
