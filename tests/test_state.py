@@ -783,3 +783,12 @@ def test_a_slot_that_is_no_tensor_is_refused_and_nothing_changes() -> None:
     after = ours.state_dict()
     assert after["param_groups"] == before["param_groups"]
     assert all(same(slots, after["state"][key]) for key, slots in before["state"].items())
+
+
+def test_another_rule_with_slots_of_the_same_names_does_not_go_on_unnoticed() -> None:
+    model = nn.Linear(3, 1)
+    one, other = ds.Adam(model, lr=0.1), ds.RAdam(model, lr=0.1)
+    model(torch.ones(2, 3)).sum().backward()
+    one.step()
+    with pytest.warns(UserWarning, match="the state was made by adam, and radam goes on with it"):
+        other.load_state_dict(one.state_dict())

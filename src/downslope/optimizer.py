@@ -97,6 +97,11 @@ class Optimizer(torch.optim.Optimizer):
         return any(part.rule.evaluation for chain in self._chains for part in chain.parts)
 
     @property
+    def _rules(self) -> list[str]:
+        parts = [part for chain in self._chains for part in chain.parts]
+        return sorted({part.name for part in parts if part.rule.kind == "rule"})
+
+    @property
     def asks_again(self) -> bool:
         """Whether `step` makes use of a closure: for a second gradient, or to search along its step."""
         return self.passes > 1 or any(chain.search for chain in self._chains)
@@ -273,6 +278,7 @@ class Optimizer(torch.optim.Optimizer):
             for following in self._following
         ]
         packed["seen"] = [list(one) for one in self.seen]
+        packed["rules"] = self._rules
         return packed
 
     def load_state_dict(  # type: ignore[override]
@@ -292,6 +298,9 @@ class Optimizer(torch.optim.Optimizer):
         found = restore(self.param_groups, self._chains, self._following, state_dict, strict=strict)
         for line in found.warnings:
             warnings.warn(line, stacklevel=2)
+        if found.loaded.restored and state_dict.get("rules", self._rules) != self._rules:
+            theirs, mine = ", ".join(state_dict["rules"]), ", ".join(self._rules)
+            warnings.warn(f"the state was made by {theirs}, and {mine} goes on with it.", stacklevel=2)
         kept = {parameter: self.state[parameter] for parameter in found.kept if parameter in self.state}
         self._made = None  # and with it the old state, before the new one is made
         self.state.clear()
