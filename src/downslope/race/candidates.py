@@ -15,7 +15,7 @@ from typing import Any
 from downslope.errors import BadInput, nearest
 from downslope.race.record import Trial
 from downslope.recipe import Recipe
-from downslope.rules import chain, links, rules
+from downslope.rules import Part, chain, links, rules
 from downslope.schedule import Schedule, constant, in_steps, wsd
 from downslope.train.order import steps_per_epoch
 
@@ -39,9 +39,15 @@ def grid(like: Recipe, names: Iterable[str] = RULES) -> list[Candidate]:
     """Each rule at each of its `rates`, the middle first; steps and batch size are those of `like`.
 
     All warm up for 5 % of the run, hold, and cool down over the last 20 %. Behind the rates come the decays
-    and penalties that people use with a rule. Errors: BadInput for an unknown rule, or one without rates.
+    and penalties that people use with a rule. A proximal penalty of `like` is part of the problem: every
+    candidate keeps it, and a rule that cannot take it does not race. Errors: BadInput for an unknown rule, or
+    one without rates, or if none is left.
     """
-    ordered = {name: _outward(_rates(name)) for name in names}
+    ordered = {name: _outward(_rates(name)) for name in names if _takes(name, _penalties(like))}
+    if not ordered and (kept := _penalties(like)):
+        raise BadInput(
+            f"None of the rules takes the recipe's {kept[0].name}: add one with an effective step."
+        )
     found = []
     for place in range(max(map(len, ordered.values()), default=0)):
         for name, rates in ordered.items():
@@ -62,13 +68,34 @@ def _of_grid(like: Recipe, name: str, rate: float, extra: str = "", amount: floa
     if extra == "decay":
         numbers["weight_decay"] = amount
     link = {"l2": "l2", "clip": "clip_norm"}.get(extra)
-    made = chain(*([links()[link](amount)] if link else []), rules()[name](**numbers))
+    made = chain(*([links()[link](amount)] if link else []), rules()[name](**numbers), *_penalties(like))
     shrinking = [number for number in ("weight_decay", "l2") if made.defaults.get(number)]
-    roles: dict[str, dict[str, Any]] = {
-        role: dict.fromkeys(shrinking, 0.0) for role in UNDECAYED if shrinking
-    }
+    roles = _penalised(like)
+    for role in UNDECAYED if shrinking else ():
+        roles[role] = {**roles.get(role, {}), **dict.fromkeys(shrinking, 0.0)}
     title = f"{name} {rate:g}" + (f" {extra} {amount:g}" if extra else "")
     return Candidate(title, name, "grid", replace(like, chain=made, roles=roles, guard=True))
+
+
+def _penalties(like: Recipe) -> list[Part]:
+    return [part for part in like.chain.parts if "effective" in part.rule.context]
+
+
+def _penalised(like: Recipe) -> dict[str, dict[str, Any]]:
+    """What the recipe's roles say of its penalties."""
+    keys = {key for part in _penalties(like) for key in part.rule.numbers}
+    kept = {role: {k: v for k, v in numbers.items() if k in keys} for role, numbers in like.roles.items()}
+    return {role: numbers for role, numbers in kept.items() if numbers}
+
+
+def _takes(name: str, penalties: Sequence[Part]) -> bool:
+    if name not in rules():
+        return True  # refused where its rates are looked up
+    try:
+        chain(rules()[name](), *penalties)
+    except BadInput:
+        return False
+    return True
 
 
 def _rates(name: str) -> tuple[float, ...]:
@@ -92,9 +119,12 @@ def _outward(rates: Sequence[float]) -> list[float]:
 
 
 def baseline(like: Recipe) -> Candidate:
-    """AdamW as it comes: its default rate and decay, held constant. What every winner is measured against."""
-    made = replace(like, chain=chain(rules()["adamw"]()), roles={}, guard=True)
-    return Candidate(BASELINE, BASELINE, "baseline", made)
+    """AdamW as it comes, with the problem's own penalties: its default rate and decay, held constant. What
+    every winner is measured against.
+    """
+    made = chain(rules()["adamw"](), *_penalties(like))
+    recipe = replace(like, chain=made, roles=_penalised(like), guard=True)
+    return Candidate(BASELINE, BASELINE, "baseline", recipe)
 
 
 def brought(recipes: Mapping[str, Recipe | str | os.PathLike[str]]) -> list[Candidate]:
