@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from downslope import norm
-from downslope.average import BUFFERS, Average, Averaging
+from downslope.average import BUFFERS, KINDS, Average, Averaging
 from downslope.errors import BadInput, nearest, under
 from downslope.schedule import Duration
 from downslope.strategies.strategy import Live, Strategy, Training
@@ -42,16 +41,22 @@ class average(Strategy):
     buffers: str = "recompute"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.buffers not in BUFFERS:
             with under("buffers"):
                 hint = nearest(str(self.buffers), BUFFERS)
                 raise BadInput(f"buffers is one of {', '.join(BUFFERS)}, got {self.buffers!r}.{hint}")
-        _ = self.averaging
+        for name, value in self.averaging.numbers:  # written out, whatever the defaults will be one day
+            object.__setattr__(self, name, value)
 
     @property
     def averaging(self) -> Averaging:
         """What is averaged, as plain data."""
         numbers = {key: value for key, value in self.data().items() if key not in ("kind", "buffers")}
+        if self.kind not in KINDS:
+            with under("kind"):
+                hint = nearest(self.kind, KINDS)
+                raise BadInput(f"kind is one of {', '.join(KINDS)}, got {self.kind!r}.{hint}")
         return Averaging.from_data({"average": self.kind, **numbers})
 
     def begin(self, training: Training) -> Live:
@@ -89,15 +94,9 @@ class _Averaged(Live):
         self.average.load({"numbers": data, "tensors": tensors})
 
     def _recalibrate(self, model: nn.Module) -> None:
-        loss = partial(_through, self.training.loss)
-        norm.recalibrate(model, self.training.batches(RECALIBRATED), call=loss)
-
-
-def _through(loss: Any, model: nn.Module, batch: Any) -> None:
-    """A batch through the model, as the task sends it."""
-    loss(model, batch)
+        # Through the task's loss, which knows what of a batch the model takes.
+        norm.recalibrate(model, self.training.batches(RECALIBRATED), call=self.training.loss)
 
 
 def _has_statistics(model: nn.Module) -> bool:
-    kind = nn.modules.batchnorm._BatchNorm
-    return any(isinstance(module, kind) and module.track_running_stats for module in model.modules())
+    return any(getattr(module, "running_mean", None) is not None for module in model.modules())

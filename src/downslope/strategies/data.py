@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from downslope.augment import Mix, soft_targets
-from downslope.errors import BadInput
+from downslope.errors import BadInput, under
 from downslope.strategies.strategy import Batch, Live, Strategy, Training
 
 
@@ -32,6 +32,7 @@ class mix(Strategy):
     classes: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         Mix(**self.data())
 
     def begin(self, training: Training) -> Live:
@@ -53,6 +54,7 @@ class smoothing(Strategy):
     classes: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.share < 1:
             raise BadInput(f"share must be from 0 to below 1, got {self.share!r}.")
 
@@ -95,8 +97,10 @@ class micro(Strategy):
     items: int
 
     def __post_init__(self) -> None:
-        if type(self.items) is not int or self.items < 1:
-            raise BadInput(f"items must be a whole number from 1, got {self.items!r}.")
+        super().__post_init__()
+        if self.items < 1:
+            with under("items"):
+                raise BadInput(f"items must be at least 1, got {self.items}.")
 
     def begin(self, training: Training) -> Live:
         """The pieces of every batch."""

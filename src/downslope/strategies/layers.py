@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from torch import nn
 
 from downslope import init, norm
 from downslope.augment import set_dropout, stochastic_depth
-from downslope.errors import BadInput, nearest
-from downslope.groups import Frozen, discriminative, gradual_unfreeze, layer_decay
+from downslope.errors import BadInput, nearest, under
+from downslope.groups import NEVER, Frozen, discriminative, gradual_unfreeze, layer_decay
 from downslope.groups import freeze as frozen
-from downslope.schedule import Duration, Schedule
+from downslope.init import METHODS
+from downslope.schedule import Duration, Schedule, duration
 from downslope.strategies.strategy import Live, Strategy, Training
 
 
@@ -49,13 +52,19 @@ class freeze(Strategy):
     Not for: a model wrapped by DDP or FSDP2.
     """
 
-    until: Mapping[str, Duration] = field(default_factory=dict)
+    until: Mapping[str, Any] = field(default_factory=dict)
     every: Duration | None = None
     blocks: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if bool(self.until) == (self.every is not None):
             raise BadInput("[freeze] takes either until = { pattern = duration } or every = duration.")
+        if self.blocks and self.every is None:
+            raise BadInput("blocks belong to every = duration; until names patterns of its own.")
+        for pattern, date in self.until.items():
+            with under("until", pattern):
+                _date(pattern, date)
 
     def begin(self, training: Training) -> Live:
         """The thaw."""
@@ -64,6 +73,14 @@ class freeze(Strategy):
         return _Thaw(
             gradual_unfreeze(training.model, self.every, self.blocks, **training.rates), training.model
         )
+
+
+def _date(pattern: str, date: object) -> None:
+    """BadInput unless it is a duration or "never"."""
+    try:
+        _ = date == NEVER or duration(date, pattern)
+    except BadInput as error:
+        raise BadInput(f'{error} Or "{NEVER}".{nearest(str(date), [NEVER])}') from None
 
 
 class _Thaw(Live):
@@ -87,13 +104,23 @@ class start(Strategy):
     lsuv: bool = False
     zero_residual: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.method or self.lsuv or self.zero_residual):
+            raise BadInput("[start] does nothing: give a method, lsuv = true or zero_residual = true.")
+        if self.method and self.method not in METHODS:
+            with under("method"):
+                hint = nearest(self.method, METHODS)
+                raise BadInput(f"method is one of {', '.join(METHODS)}, got {self.method!r}.{hint}")
+
     def prepare(self, training: Training) -> None:
         """Write them."""
         if self.method:
             init.initialise(training.model, self.method)
         if self.lsuv:
             (batch,) = training.batches(1)
-            init.lsuv(training.model, batch)
+            begun = None if self.method else "orthogonal"
+            init.lsuv(training.model, batch, start=begun, call=training.loss)
         if self.zero_residual:
             init.zero_residual(training.model)
 
@@ -108,37 +135,55 @@ class dropout(Strategy):
 
     rate: float | Schedule
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_rate(self.rate)
+
     def begin(self, training: Training) -> Live:
         """The rate of every update."""
-        rate = self.rate.resolve(**training.rates) if isinstance(self.rate, Schedule) else float(self.rate)
-        if not set_dropout(training.model, rate(0) if isinstance(rate, Schedule) else rate).changed:
-            raise BadInput("[dropout] finds no dropout layer in the model.")
-        return _Dropout(rate, training.model) if isinstance(rate, Schedule) else Live()
-
-
-class _Dropout(Live):
-    def __init__(self, rate: Schedule, model: nn.Module) -> None:
-        self.rate, self.model = rate, model
-
-    def before(self, step: int) -> None:
-        set_dropout(self.model, self.rate(step))
+        return _Following(self.rate, training, partial(set_dropout, training.model))
 
 
 @dataclass(frozen=True, kw_only=True)
 class depth(Strategy):
     """Stochastic depth: residual `branches`, named from low to high, are left out at random.
 
-    The rate rises in a line up to `rate` at the last branch; what is kept is scaled, so that expectations
-    stay. Source: Huang et al., arXiv:1603.09382. Not for: branches whose output is not added.
+    Their rates rise in a line up to `rate` at the last one, a number or a schedule of the update; what is
+    kept is scaled, so that expectations stay. Source: Huang et al., arXiv:1603.09382. Not for: branches whose
+    output is not added.
     """
 
     branches: tuple[str, ...]
-    rate: float = 0.2
+    rate: float | Schedule = 0.2
 
-    def shape(self, model: nn.Module) -> nn.Module:
-        """The model with its branches wrapped."""
-        stochastic_depth(model, self.branches, self.rate)
-        return model
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_rate(self.rate)
+
+    def begin(self, training: Training) -> Live:
+        """The branches' rates at every update."""
+        dropping = stochastic_depth(training.model, self.branches, 0.0)
+        return _Following(self.rate, training, dropping.set)
+
+
+class _Following(Live):
+    """Sets a rate, before every update if it follows a schedule."""
+
+    def __init__(self, rate: float | Schedule, training: Training, write: Callable[[float], object]) -> None:
+        self.rate = rate.resolve(**training.rates) if isinstance(rate, Schedule) else rate
+        self.write = write
+        write(self.rate(0) if isinstance(self.rate, Schedule) else self.rate)
+
+    def before(self, step: int) -> None:
+        if isinstance(self.rate, Schedule):
+            self.write(self.rate(step))
+
+
+def _check_rate(rate: float | Schedule) -> None:
+    highest = rate.peak if isinstance(rate, Schedule) else rate
+    if not 0 <= highest <= 1:
+        with under("rate"):
+            raise BadInput(f"rate is the share that is left out, from 0 to 1, got {highest:g}.")
 
 
 NORMS = ("ghost", "group", "frozen")
@@ -158,8 +203,11 @@ class normalisation(Strategy):
     groups: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.to not in NORMS:
-            raise BadInput(f"to is one of {', '.join(NORMS)}, got {self.to!r}.{nearest(str(self.to), NORMS)}")
+            with under("to"):
+                hint = nearest(self.to, NORMS)
+                raise BadInput(f"to is one of {', '.join(NORMS)}, got {self.to!r}.{hint}")
 
     def shape(self, model: nn.Module) -> nn.Module:
         """The model with other normalisation, its parameters named as before."""

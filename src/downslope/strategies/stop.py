@@ -33,7 +33,10 @@ class stop(Strategy):
     restore: bool = True
     warmup: Duration = 0
 
+    unfair: ClassVar[str] = "it ends a training early, by the validations that judge it"
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.on not in WATCHED:
             raise BadInput(
                 f"on is one of {', '.join(WATCHED)}, got {self.on!r}.{nearest(str(self.on), WATCHED)}"

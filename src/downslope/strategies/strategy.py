@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Self
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, ClassVar, Self, get_type_hints
 
 from torch import Tensor, nn
 
 from downslope.errors import BadInput, nearest, under
 from downslope.optimizer import Optimizer
 from downslope.schedule import Schedule
+from downslope.strategies.field import settled
 
 Batch = Any
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -100,8 +101,20 @@ class Live:
 class Strategy:
     """A choice of a recipe beyond the update rule; see the module."""
 
-    needs: ClassVar[str] = ""
-    """What of it a reader of an error should know."""
+    unfair: ClassVar[str] = ""
+    """Why a race, which trains everybody equally long, cannot judge it; empty if it can."""
+
+    def __post_init__(self) -> None:
+        """Check every field against its declared type. One that overrides this calls it first."""
+        for key, declared in self.declared().items():
+            with under(key):
+                object.__setattr__(self, key, settled(key, getattr(self, key), declared))
+
+    @classmethod
+    def declared(cls) -> dict[str, Any]:
+        """The fields by name, each with its type."""
+        hints = get_type_hints(cls)
+        return {item.name: hints[item.name] for item in fields(cls)}
 
     @property
     def name(self) -> str:
@@ -128,10 +141,15 @@ class Strategy:
         for key, value in data.items():
             with under(key):
                 given[key] = _read(value)
+        for item in fields(cls):
+            if item.name not in given and item.default is item.default_factory is MISSING:
+                raise BadInput(f"[{cls.__name__}] needs a key {item.name!r}.")
         try:
             return cls(**given)
-        except TypeError as error:
-            raise BadInput(f"[{cls.__name__}] lacks a key: {str(error).partition('argument')[2]}.") from None
+        except BadInput as error:
+            said = str(error)
+            named = said if said.startswith("[") else f"[{cls.__name__}] {said}"
+            raise BadInput(named, key=error.key or _culprit(cls, given)) from None
 
     def refuse(self, others: Mapping[str, Strategy]) -> None:
         """Raise BadInput, with the reason, for another strategy that this one does not combine with."""
@@ -150,6 +168,17 @@ class Strategy:
     def begin(self, training: Training) -> Live:
         """Its part in a training, whose optimizer is there now."""
         return Live()
+
+
+def _culprit(kind: type[Strategy], given: Mapping[str, Any]) -> tuple[str, ...]:
+    """The key without which what was given would be right, if there is one."""
+    for key in given:
+        try:
+            kind(**{name: value for name, value in given.items() if name != key})
+        except (BadInput, TypeError):
+            continue
+        return (key,)
+    return ()
 
 
 def _read(value: Any) -> Any:
