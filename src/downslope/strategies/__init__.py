@@ -6,10 +6,24 @@ from downslope.strategies.layers import depth, dropout, freeze, normalisation, r
 from downslope.strategies.live import Company, begin
 from downslope.strategies.stop import stop
 from downslope.strategies.strategy import Batch, Live, Loss, Strategy, Training
+from downslope.strategies.teacher import teacher
 
 STRATEGIES: dict[str, type[Strategy]] = {
     made.__name__: made
-    for made in (rates, freeze, start, normalisation, dropout, depth, mix, smoothing, micro, average, stop)
+    for made in (
+        rates,
+        freeze,
+        start,
+        normalisation,
+        dropout,
+        depth,
+        mix,
+        smoothing,
+        micro,
+        average,
+        teacher,
+        stop,
+    )
 }
 """Every strategy by the name of its table; in this order they shape a model and see a batch."""
 
@@ -33,4 +47,5 @@ __all__ = [
     "smoothing",
     "start",
     "stop",
+    "teacher",
 ]
