@@ -306,7 +306,7 @@ def test_regressors_do_not_follow_a_rule_that_asks_again(taught: dict[str, Net])
         ({"run": "a", "method": "logit"}, "Did you mean 'logits'"),
         ({"run": "a", "method": "hints"}, "compares features: name them"),
         ({"run": ("a", "b"), "method": "hints", "layers": (("x", "y"),)}, "needs the features of one model"),
-        ({"run": "a", "method": "hints", "layers": ("x",)}, "layers are pairs"),
+        ({"run": "a", "method": "hints", "layers": ("x",)}, "layers is a list, got 'x'"),
         ({"run": "a", "batchnorm": "update"}, "one of eval, train"),
         ({"run": "a", "alpha": 1.5}, "from 0 to 1"),
         ({"run": "a", "temperature": 0.0}, "above 0"),

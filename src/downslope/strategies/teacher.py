@@ -48,21 +48,20 @@ class teacher(Strategy):
     ignore_index: int = -100
 
     def __post_init__(self) -> None:
-        if not self.runs or not all(isinstance(run, str) and run for run in self.runs):
+        super().__post_init__()
+        if not self.runs or not all(self.runs):
             raise BadInput(f"run is the folder of a finished run, or a list of them, got {self.run!r}.")
         if len(set(self.runs)) < len(self.runs):
             raise BadInput(f"run names a folder twice: {', '.join(self.runs)}.")
         if self.weights is not None and len(self.weights) != len(self.runs):
             raise BadInput(f"weights has {len(self.weights)} numbers for {len(self.runs)} runs.")
-        for pair in self.layers:
-            if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(one, str) for one in pair)):
-                raise BadInput(f'layers are pairs such as ["student\'s", "teacher\'s"], got {pair!r}.')
         if self.batchnorm not in BATCHNORM:
             with under("batchnorm"):  # "update" would make the teacher a part of the training's state
-                hint = nearest(str(self.batchnorm), BATCHNORM)
+                hint = nearest(self.batchnorm, BATCHNORM)
                 raise BadInput(f"batchnorm is one of {', '.join(BATCHNORM)}, got {self.batchnorm!r}.{hint}")
         if not self.rate > 0:
-            raise BadInput(f"rate must be above 0, got {self.rate!r}.")
+            with under("rate"):
+                raise BadInput(f"rate must be above 0, got {self.rate!r}.")
         Distillation(self._taught({run: nn.Identity() for run in self.runs}), **self._options())
 
     @property
