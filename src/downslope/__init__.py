@@ -76,6 +76,7 @@ from downslope.groups import (
     roster,
 )
 from downslope.init import initialise, lsuv, zero_residual
+from downslope.logger import log
 from downslope.norm import fold, recalibrate, recalibrated
 from downslope.optimizer import Optimizer
 from downslope.race import Standings, race
@@ -273,6 +274,7 @@ __all__ = [
     "link",
     "links",
     "lion",
+    "log",
     "lookahead",
     "losses",
     "lsuv",

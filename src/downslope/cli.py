@@ -18,6 +18,7 @@ import typer
 
 from downslope.description import catalogue, columns, describe, indented
 from downslope.errors import BadInput, DownslopeError, UserCodeError, nearest
+from downslope.logger import log as send
 from downslope.race import Standings
 from downslope.race import race as run_race
 from downslope.recipe import Recipe
@@ -170,6 +171,19 @@ def report(folder: Folder, as_json: Json = False) -> None:
     """Draw a run or a race, finished or not, as one page that opens anywhere."""
     page = write_report(folder)
     _answer(as_json, {"report": str(page)}, lambda: str(page))
+
+
+@app.command()
+def log(
+    folder: Folder,
+    to: Annotated[str, typer.Option(help="tensorboard, mlflow or wandb (offline).")] = "tensorboard",
+    out: Annotated[Path | None, typer.Option(help="Folder. Default: logs/TO/RUN.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Wait for more until the run ends.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Send what a run did to a logger; again, and only what is new is sent."""
+    count = send(folder, to, out, follow)
+    _answer(as_json, {"sent": count}, lambda: f"{count} events sent to {to}.")
 
 
 @app.command()
