@@ -333,6 +333,7 @@ LINK_ROWS = (
     LinkCase("clip_value", {"max_value": 0.5}, before=links.clip_value),
     LinkCase("clip_norm", {"max_norm": 2.0}, before=links.clip_norm),
     LinkCase("clip_tensor", {"max_norm": 1.5}, before=links.clip_tensor),
+    LinkCase("clip_history", {"norm_decay": 0.8, "deviations": 0.7, "settle": 4}, before=links.clip_history),
     LinkCase("agc", {"clipping": 0.7, "eps": 0.5}, before=links.agc),
     LinkCase("l2", {"l2": 0.3}, before=links.l2),
     LinkCase("decay", {"weight_decay": 0.4}, between=links.decay),

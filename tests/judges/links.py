@@ -46,6 +46,26 @@ def clip_tensor(gs: list[Array], at: Moment, max_norm: float) -> list[Array]:
     return [g * min(1.0, max_norm / norm(g)) if g.size else g for g in gs]
 
 
+def clip_history(
+    gs: list[Array], at: Moment, norm_decay: float, deviations: float, settle: int
+) -> list[Array]:
+    """Kumar et al. 2025 (ZClip) with the reciprocal threshold, as printed: a list of norms, then two
+    exponential averages.
+    """
+    found, size = at.memory, norm(*gs)
+    first = found.setdefault("norms", [])
+    if len(first) < settle:
+        first.append(size)
+        found["mean"], found["variance"] = np.mean(first), np.var(first)
+        return gs
+    bound, z = size, (size - found["mean"]) / np.sqrt(found["variance"])
+    if z > deviations:
+        bound = found["mean"] + deviations**2 / z * np.sqrt(found["variance"])
+    found["mean"] = norm_decay * found["mean"] + (1 - norm_decay) * bound
+    found["variance"] = norm_decay * found["variance"] + (1 - norm_decay) * (bound - found["mean"]) ** 2
+    return [g * (bound / size) for g in gs]
+
+
 def units(x: Array) -> Array:
     """One row a unit: all dimensions but the first; a vector is one unit."""
     return x.reshape(len(x), -1) if x.ndim > 1 else x.reshape(1, -1)

@@ -100,6 +100,11 @@ TERMS: Mapping[str, Term] = MappingProxyType(
         "nuclear": Term("strength λ of the penalty λ · (sum of singular values) of every matrix", low=0),
         "max_norm": Term("largest Euclidean norm of all gradients together", low=0, open_low=True),
         "clip_tensor.max_norm": Term("largest Euclidean norm of one tensor's gradient", low=0, open_low=True),
+        "norm_decay": Term(
+            "decay of the mean and variance of past norms per step", low=0, high=1, open_high=True
+        ),
+        "deviations": Term("how far above its mean a norm may be, in standard deviations", low=0),
+        "settle": Term("norms that are only noted at first", low=2),
         "max_value": Term("largest magnitude of one number of the gradient", low=0, open_low=True),
         "clip": Term("largest root mean square of the update before the rate", low=0, open_low=True),
         "clipping": Term(

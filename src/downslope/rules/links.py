@@ -11,7 +11,7 @@ from downslope.rules.proximal import elastic_net, l1
 from downslope.rules.rule import Rule, link
 from downslope.rules.shaped import agc, centralize, group_lasso, nuclear
 from downslope.rules.slot import Slot, State, Step
-from downslope.rules.value import clip, maximum, mean, minimum, mod, norm, sign, where
+from downslope.rules.value import clip, isfinite, maximum, mean, minimum, mod, norm, sign, sqrt, where
 
 Weight = Any
 
@@ -37,6 +37,47 @@ def clip_tensor(u: Weight, p: Weight, s: State, *, max_norm: float = 1.0) -> Ste
     """
     size = norm(u)
     scale = where(size > max_norm, max_norm / size, 1.0)
+    return Step(u * scale, metric=scale)
+
+
+@link(
+    Slot("norms", per="tensor"),
+    Slot("norm_mean", per="tensor"),
+    Slot("norm_variance", per="tensor"),
+    source="Kumar et al. 2025, arXiv:2504.02507, with the reciprocal threshold",
+    sparse=True,
+)
+def clip_history(
+    u: Weight,
+    p: Weight,
+    s: State,
+    *,
+    norm_decay: float = 0.97,
+    deviations: float = 2.5,
+    settle: float = 25,
+) -> Step:
+    """Scale all gradients together where their global norm stands out from its own history: the higher above
+    it, the nearer to its mean.
+
+    settle: finite norms that are only noted, for the first mean and variance; norm_decay: share of both that
+    stays per step, of norms as they were clipped; deviations: distance from the mean that is let pass.
+    Not for: norms that rise by design, as behind a growing batch. A norm that is not finite is not noted, and
+    its gradient passes for the guard to see. A tensor keeps the history of the steps that it took part in.
+    """
+    size = s.let("size", norm(u, over="all"))
+    fine = s.let("fine", isfinite(size))
+    known = where(s.norms >= settle, fine, 0.0)
+    high = s.let("high", where(size - s.norm_mean > deviations * sqrt(s.norm_variance), known, 0.0))
+    bound = s.norm_mean + deviations**2 * s.norm_variance / (size - s.norm_mean)
+    kept = s.let("kept", where(high > 0, bound, size))
+    s.norms = s.norms + fine
+    share = s.let("share", where(s.norms > settle, 1 - norm_decay, 1 / maximum(s.norms, 1.0)))
+    apart = s.let("apart", kept - s.norm_mean)
+    after = (1 - share) * apart  # from the new mean; a running sum needs both (Welford 1962)
+    square = s.let("square", where(s.norms > settle, after, apart) * after)
+    s.norm_mean = where(fine, s.norm_mean + share * apart, s.norm_mean)
+    s.norm_variance = where(fine, s.norm_variance + share * (square - s.norm_variance), s.norm_variance)
+    scale = where(high > 0, kept / size, 1.0)
     return Step(u * scale, metric=scale)
 
 
@@ -152,6 +193,7 @@ LINKS: dict[str, Rule] = {
     for entry in (
         clip_norm,
         clip_tensor,
+        clip_history,
         clip_value,
         l2,
         decay,
