@@ -32,6 +32,13 @@ class rates(Strategy):
     blocks: tuple[str, ...] | None = None
     of: Mapping[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.decay is None and not self.of:
+            raise BadInput("[rates] does nothing: give decay or of.")
+        if self.blocks and self.decay is None:
+            raise BadInput("blocks belong to decay; of names patterns of its own.")
+
     def multipliers(self, model: nn.Module) -> Mapping[str, float]:
         """By parameter name."""
         found = dict.fromkeys((name for name, _ in model.named_parameters()), 1.0)

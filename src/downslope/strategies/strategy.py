@@ -137,14 +137,15 @@ class Strategy:
                 hint = nearest(str(key), allowed)
                 told = ", ".join(allowed)
                 raise BadInput(f"[{cls.__name__}] has no key {key!r}.{hint} Allowed: {told}.", key=(key,))
-        given = {}
-        for key, value in data.items():
-            with under(key):
-                given[key] = _read(value)
-        for item in fields(cls):
-            if item.name not in given and item.default is item.default_factory is MISSING:
-                raise BadInput(f"[{cls.__name__}] needs a key {item.name!r}.")
+        given: dict[str, Any] = {}
         try:
+            for key, declared in cls.declared().items():
+                if key in data:
+                    with under(key):
+                        given[key] = settled(key, _read(data[key]), declared)
+            for item in fields(cls):
+                if item.name not in given and item.default is item.default_factory is MISSING:
+                    raise BadInput(f"[{cls.__name__}] needs a key {item.name!r}.")
             return cls(**given)
         except BadInput as error:
             said = str(error)
