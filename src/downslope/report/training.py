@@ -58,6 +58,13 @@ class Log:
         self.metric = Metric(self.start.metric, self.start.higher_is_better, percent)
 
     @property
+    def outcome(self) -> ev.Measured | ev.Evaluation | None:
+        """What the training ended with, which early stopping may have gone back for; so far, the last look."""
+        if self.end is not None and self.end.valid is not None:
+            return self.end.valid
+        return self.valid[-1] if self.valid else None
+
+    @property
     def last_step(self) -> int:
         """The last applied update that the journal tells of."""
         return max([0, *(m.step for group in (self.steps, self.valid) for m in group)])
@@ -137,9 +144,9 @@ def _headline(log: Log, folder: Path) -> str:
     task = log.start.task or folder.name
     if log.end is None:
         return f"The training of {task} is at step {log.last_step}"
-    if not log.valid:
+    if log.outcome is None:
         return f"{task} was trained for {plural(log.end.step, 'step')}"
-    return f"{task} reached a validation {log.metric.name} of {log.metric.write(log.valid[-1].metric)}"
+    return f"{task} reached a validation {log.metric.name} of {log.metric.write(log.outcome.metric)}"
 
 
 def _summary(log: Log) -> list[str]:
@@ -152,7 +159,7 @@ def _summary(log: Log) -> list[str]:
         best = measured if best is None or log.metric.better(measured.metric, best.metric) else best
     text = f"Trained for {plural(log.end.step, 'applied step')}"
     text += f" in {duration(log.seconds)} of computing." if log.seconds is not None else "."
-    if best is not None and log.valid and best.metric != log.valid[-1].metric:
+    if best is not None and log.outcome is not None and best.metric != log.outcome.metric:
         value = log.metric.write(best.metric)
         text += f" The best {log.metric.name} on the way was {value}, at step {best.step}."
     return [text]
@@ -160,9 +167,9 @@ def _summary(log: Log) -> list[str]:
 
 def _highlights(log: Log) -> list[Fact]:
     facts = []
-    if log.valid:
-        facts.append(Fact(f"Validation {log.metric.name}", log.metric.write(log.valid[-1].metric)))
-        facts.append(Fact("Validation loss", number(log.valid[-1].loss, 4)))
+    if log.outcome is not None:
+        facts.append(Fact(f"Validation {log.metric.name}", log.metric.write(log.outcome.metric)))
+        facts.append(Fact("Validation loss", number(log.outcome.loss, 4)))
     test = log.end.test if log.end else None
     if test is not None:
         facts.append(Fact(f"Test {log.metric.name}", log.metric.write(test.metric)))

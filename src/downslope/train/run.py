@@ -182,7 +182,7 @@ def _run(path: Path, plan: Plan, task: Task, state: TrainState, ended: Event) ->
     assert valid is not None
     if not state.finished:
         state.finish()
-    return Run(path, plan.task, plan.seed, plan.steps, task.metric_name, valid, test, state.model)
+    return Run(path, plan.task, plan.seed, ended["step"], task.metric_name, valid, test, state.model)
 
 
 def _foreign(path: Path) -> list[str]:
