@@ -6,16 +6,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import MISSING, fields
 from inspect import signature
 from pathlib import Path
 
 import pytest
 
+import downslope as ds
 from downslope.cli import run
 from downslope.race import Standings
 from downslope.recipe import Recipe
 from downslope.rules import links, rules
 from downslope.schedule import KINDS, example
+from downslope.strategies import STRATEGIES
 from downslope.tasks import task, tasks
 
 QUICK = """
@@ -132,7 +135,13 @@ def test_help_and_version_succeed(capfd: pytest.CaptureFixture[str]) -> None:
 def test_list_names_everything(capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["list", "--json"]) == 0
     listed = json.loads(capfd.readouterr().out)
-    every = {"tasks": tasks(), "rules": rules(), "links": links(), "schedules": KINDS}
+    every = {
+        "tasks": tasks(),
+        "rules": rules(),
+        "links": links(),
+        "schedules": KINDS,
+        "strategies": STRATEGIES,
+    }
     assert {kind: list(rows) for kind, rows in listed.items()} == {
         kind: list(names) for kind, names in every.items()
     }
@@ -164,6 +173,41 @@ def test_show_prints_a_schedule_with_its_values(name: str, capfd: pytest.Capture
     assert data["example"]["data"]["schedule"] == name
     assert data["example"]["values"] == [[step, example(name)(step)] for step in range(0, 101, 5)]
     assert data["numbers"].keys() == signature(KINDS[name]).parameters.keys()
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_show_prints_a_strategy_with_its_table(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    keys = [item.name for item in fields(STRATEGIES[name])]
+    assert run(["show", name]) == 0
+    page = capfd.readouterr().out
+    assert page.startswith(f"[{name}]\n")
+    assert "Not for: " in " ".join(page.split())
+    assert all(f"\n  {key} " in page for key in keys)
+    assert run(["show", name, "--json"]) == 0
+    data = json.loads(capfd.readouterr().out)
+    assert (data["kind"], list(data["numbers"])) == ("strategy", keys)
+    for item in fields(STRATEGIES[name]):
+        said = data["numbers"][item.name]
+        assert said["meaning"], f"strategies/glossary.py does not say what {item.name} means"
+        assert said["required"] == (item.default is item.default_factory is MISSING)
+    for tool in data["tool"].split(", "):
+        found: object = ds
+        for part in tool.split(".")[1:] if tool.startswith("ds.") else ():
+            found = getattr(found, part)
+
+
+def test_a_name_of_two_things_shows_both(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(KINDS, "average", KINDS["constant"])
+    assert run(["show", "average"]) == 0
+    page = capfd.readouterr().out
+    assert page.startswith("average is a schedule and a strategy.\n")
+    assert "[average]" in page
+    assert "`peak` throughout." in page
+    assert run(["show", "average", "--json"]) == 0
+    entries = json.loads(capfd.readouterr().out)["entries"]
+    assert [entry["kind"] for entry in entries] == ["schedule", "strategy"]
 
 
 def test_show_says_what_was_measured_of_a_task(capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,17 +1,24 @@
-"""What there is, described: rules, links, schedules, tasks; as data for machines, as text for people."""
+"""What there is, described: rules, links, schedules, strategies, tasks; as data, and as text for people."""
 
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields
 from textwrap import indent
 from typing import Any
 
 from downslope.errors import BadInput, nearest
 from downslope.rules import Rule, links, rules
 from downslope.rules.glossary import term
-from downslope.schedule import FORMS, KINDS, example
+from downslope.schedule import FORMS, KINDS, Schedule, example
 from downslope.schedule import term as term_of
-from downslope.tasks import size, task, tasks
+from downslope.strategies import STRATEGIES, Strategy
+from downslope.strategies.field import word
+from downslope.strategies.glossary import TOOLS, meaning
+from downslope.tasks import Task, size, task, tasks
+
+
+_DURATIONS = f"applied updates, or text: {FORMS}"
 
 
 @dataclass(frozen=True)
@@ -32,17 +39,23 @@ def catalogue() -> dict[str, dict[str, str]]:
 
 
 def describe(name: str) -> Description:
-    """The rule, link, schedule or built-in task of that name. Raises BadInput, naming the nearest.
+    """The rule, link, schedule, strategy or built-in task of that name; all of them, if it is the name of
+    several. Raises BadInput, naming the nearest.
 
     >>> print(describe("sgd").text.splitlines()[2])
         p ← p - lr · g
     """
-    known = {name: item for items in _kinds().values() for name, item in items.items()}
-    if name not in known:
-        raise BadInput(f"There is nothing called {name!r}.{nearest(name, known)} See: downslope list.")
-    if name in tasks():
-        return _task(name)
-    return _schedule(name) if name in KINDS else _rule(known[name])
+    kinds = _kinds()
+    found = [_PAGES[kind](items[name]) for kind, items in kinds.items() if name in items]
+    if not found:
+        hint = nearest(name, [known for items in kinds.values() for known in items])
+        raise BadInput(f"There is nothing called {name!r}.{hint} See: downslope list.")
+    first, *others = found
+    if not others:
+        return first
+    data = {"name": name, "entries": [one.data for one in found]}
+    kind = " and ".join(f"a {one.data['kind']}" for one in found)
+    return Description(data, "\n\n".join([f"{name} is {kind}.", *(one.text for one in found)]))
 
 
 def columns(rows: Mapping[str, str]) -> str:
@@ -62,7 +75,13 @@ def indented(text: str) -> str:
 
 
 def _kinds() -> dict[str, Mapping[str, Any]]:
-    return {"tasks": tasks(), "rules": rules(), "links": links(), "schedules": KINDS}
+    return {
+        "tasks": tasks(),
+        "rules": rules(),
+        "links": links(),
+        "schedules": KINDS,
+        "strategies": STRATEGIES,
+    }
 
 
 def _prose(item: Any) -> str:
@@ -101,7 +120,8 @@ Source: {rule.source}
     return Description(data, text + (f"\nLearning rates worth trying: {rates}\n" if rates else ""))
 
 
-def _schedule(name: str) -> Description:
+def _schedule(made: Callable[..., Schedule]) -> Description:
+    name = made.__name__
     shown = example(name)
     numbers = inspect.signature(KINDS[name]).parameters.items()
     data = {
@@ -131,12 +151,42 @@ def _schedule(name: str) -> Description:
 
 {columns(given)}
 
-Durations are applied updates, or text: {FORMS}.
+Durations are {_DURATIONS}.
 """
     return Description(data, text)
 
 
-def _task(name: str) -> Description:
+def _strategy(kind: type[Strategy]) -> Description:
+    name, numbers = kind.__name__, {}
+    for item in fields(kind):
+        made = item.default if item.default_factory is MISSING else item.default_factory()
+        numbers[item.name] = {
+            "default": None if made is MISSING else made,
+            "required": made is MISSING,
+            "meaning": meaning(name, item.name),
+            "is": word(kind.declared()[item.name]),
+        }
+    data = {
+        "name": name,
+        "kind": "strategy",
+        "doc": _prose(kind),
+        "numbers": numbers,
+        "tool": TOOLS.get(name, ""),
+        "page": f"docs/strategies.md#{name}",
+    }
+    rows = {
+        key if one["required"] or one["default"] is None else f"{key} = {json.dumps(one['default'])}": (
+            f"{one['meaning']} ({one['is']}{', needed' if one['required'] else ''})"
+        )
+        for key, one in numbers.items()
+    }
+    own = f"\nIn a loop of your own: {TOOLS[name]}\n" if name in TOOLS else ""
+    lasting = f"\nDurations are {_DURATIONS}.\n" if any("duration" in row for row in rows.values()) else ""
+    return Description(data, f"[{name}]\n\n{_prose(kind)}\n\n{columns(rows)}\n{lasting}{own}")
+
+
+def _task(made: Callable[..., Task]) -> Description:
+    name = next(name for name, one in tasks().items() if one is made)
     found = task(name)
     parts = {"train": found.train, "valid": found.valid, "test": found.test}
     samples = {part: size(data) for part, data in parts.items() if data is not None}
@@ -160,3 +210,12 @@ def _task(name: str) -> Description:
     return Description(
         data, f"{name}\n\n{_prose(tasks()[name])}\n\n{columns(rows)}\n\n{indented(found.recipe.text())}\n"
     )
+
+
+_PAGES: dict[str, Callable[[Any], Description]] = {
+    "tasks": _task,
+    "rules": _rule,
+    "links": _rule,
+    "schedules": _schedule,
+    "strategies": _strategy,
+}

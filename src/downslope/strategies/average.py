@@ -47,7 +47,8 @@ class average(Strategy):
                 hint = nearest(str(self.buffers), BUFFERS)
                 raise BadInput(f"buffers is one of {', '.join(BUFFERS)}, got {self.buffers!r}.{hint}")
         for name, value in self.averaging.numbers:  # written out, whatever the defaults will be one day
-            object.__setattr__(self, name, value)
+            if name in self.declared():
+                object.__setattr__(self, name, value)
 
     @property
     def averaging(self) -> Averaging:

@@ -8,7 +8,7 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
 from downslope.errors import BadInput, under
-from downslope.schedule import FORMS, Schedule, duration
+from downslope.schedule import Schedule, duration
 
 _WORDS = {
     bool: "true or false",
@@ -44,12 +44,12 @@ def settled(name: str, value: Any, declared: Any) -> Any:
 def word(declared: Any) -> str:
     """What a field holds, in words.
 
-    >>> word(float | None), word(tuple[str, ...])
-    ('a number', 'a list')
+    >>> word(float | None), word(int | str), word(tuple[str, ...])
+    ('a number', 'a duration', 'a list')
     """
     options = _options(declared)
     if {int, str} <= {*options}:
-        return f"a duration: updates, or {FORMS}"
+        return "a duration"
     return " or ".join(_WORDS.get(get_origin(one) or one, "data") for one in options)
 
 
