@@ -17,7 +17,6 @@ from downslope.strategies.field import word
 from downslope.strategies.glossary import TOOLS, meaning
 from downslope.tasks import Task, size, task, tasks
 
-
 _DURATIONS = f"applied updates, or text: {FORMS}"
 
 
