@@ -1,11 +1,12 @@
-"""Who races where the problem has a penalty of its own."""
+"""Who races: a problem keeps its own penalty, and what cannot be judged is refused."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 import downslope as ds
-from downslope.race.candidates import baseline, grid
+from downslope.race.candidates import baseline, brought, grid
 from downslope.tasks import task
 
 
@@ -38,3 +39,22 @@ def test_a_penalty_that_no_rule_takes_is_refused() -> None:
 
 def test_without_a_penalty_every_rule_races() -> None:
     assert {one.family for one in grid(task("digits-mlp").recipe)} >= {"adamw", "lion", "momentum"}
+
+
+def test_a_strategy_that_a_race_cannot_judge_is_refused_by_name(tmp_path: Path) -> None:
+    """A stopped training does not get on: without this the race would wait for it for ever."""
+    own = task("digits-mlp").recipe
+    stopping = replace(own, strategies=[ds.strategies.stop(patience=3)])
+    said = r"has \[stop\], which a race cannot judge: it ends a training early"
+    with pytest.raises(ds.BadInput, match=f"^The recipe 'mine' {said}"):
+        brought({"mine": stopping})
+    with pytest.raises(ds.BadInput, match=f"^The task's recipe {said}"):
+        baseline(stopping)
+    with pytest.raises(ds.BadInput, match=f"^The recipe 'mine' {said}"):
+        ds.race("digits-mlp", recipes={"mine": stopping}, out=tmp_path / "race")
+    assert not (tmp_path / "race" / "race.json").exists()
+    others = [ds.strategies.average(), ds.strategies.micro(items=8)]
+    assert brought({"mine": replace(own, strategies=others)})[0].recipe.strategies.keys() == {
+        "micro",
+        "average",
+    }

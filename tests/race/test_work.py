@@ -106,3 +106,21 @@ def test_curves_are_sampled_and_true(bench, record):
     losses = []
     state.advance(None, lambda attempt: losses.append(float(attempt.loss)))
     assert losses == [loss for m in segments for loss in m["curve"]["loss"]]
+
+
+def test_a_rate_that_reacts_and_a_strategy_are_judged_to_the_end_as_they_are(bench, tmp_path):
+    """In the search at its peak, cooled, as everybody; in the finals by its own validations."""
+    rate = ds.plateau(0.1, factor=0.3, patience=1, threshold=0.05)
+    strategies = [ds.strategies.average(decay=0.9), ds.strategies.micro(items=7)]
+    own = ds.Recipe(ds.chain(ds.momentum(lr=rate)), 40, 16, strategies=strategies, observe=3)
+    record = Record.of(
+        [{"kind": "race", **planned(Request(bench.task, "4x", 2, 0, {"mine": own}, ["sgd"]), None)}]
+    )
+    (trial,) = [trial.trial for trial in record.trials if trial.origin == "given"]
+    *_, searched = do(bench, record, Job(len(record.rungs) - 1, None, trial))
+    assert (searched["outcome"], searched["step"]) == ("ok", 40)
+    *_, final = do(bench, record, Job(None, 0, trial))
+    there = full(bench, record, trial, seed=1)
+    assert len(set(there.optimizer.seen)) == 13
+    assert there.optimizer.param_groups[0]["lr"] < 0.1, "it must react to tell"
+    assert (final["loss"], final["metric"]) == there.evaluate("valid")

@@ -124,6 +124,7 @@ def baseline(like: Recipe) -> Candidate:
     """
     made = chain(rules()["adamw"](), *_penalties(like))
     recipe = replace(like, chain=made, roles=_penalised(like), guard=True)
+    _check_fair("The task's recipe", recipe)
     return Candidate(BASELINE, BASELINE, "baseline", recipe)
 
 
@@ -134,6 +135,7 @@ def brought(recipes: Mapping[str, Recipe | str | os.PathLike[str]]) -> list[Cand
         if not isinstance(name, str) or not name.strip() or len(name) > 80 or not name.isprintable():
             raise BadInput(f"A recipe's name is 1 to 80 printable characters, got {name!r}.")
         recipe = given if isinstance(given, Recipe) else Recipe.load(given)
+        _check_fair(f"The recipe {name!r}", recipe)
         if any("lr" in numbers for numbers in recipe.roles.values()):
             raise BadInput(
                 f"The recipe {name!r} gives a role a learning rate of its own: a race cools down one rate "
@@ -141,6 +143,16 @@ def brought(recipes: Mapping[str, Recipe | str | os.PathLike[str]]) -> list[Cand
             )
         found.append(Candidate(name, name, "given", recipe))
     return found
+
+
+def _check_fair(which: str, recipe: Recipe) -> None:
+    """BadInput, with the reason, for a strategy that a race cannot judge."""
+    for strategy in recipe.strategies.values():
+        if strategy.unfair:
+            raise BadInput(
+                f"{which} has [{strategy.name}], which a race cannot judge: {strategy.unfair}. Race without "
+                "it, and train the winner with it."
+            )
 
 
 def trials(candidates: Iterable[Candidate], samples: int) -> list[Trial]:
