@@ -84,8 +84,8 @@ class Row:
         won = sum(gain * (1 if task.higher_is_better else -1) > 0 for gain in gains)
         low, high = self.better.low, self.better.high
         cells = [
-            f"`{pair.teacher}`, {whole:,}".replace(",", " "),
-            f"{student:,} ({student / whole:.1%})".replace(",", " "),
+            f"`{pair.teacher}`, {whole:_}".replace("_", " "),
+            f"{student:_} ({student / whole:.1%})".replace("_", " "),
             f"T {pair.temperature:g}, alpha {pair.alpha:g}",
             task.metric_name,
             f"{self.teacher:.4f}",
@@ -148,6 +148,8 @@ def main() -> None:
     arguments.add_argument("--out", type=Path, required=True)
     arguments.add_argument("--seeds", type=int, default=10)
     given = arguments.parse_args()
+    if unknown := [name for name in given.pairs if name not in PAIRS]:
+        arguments.error(f"there is no pair {unknown[0]!r}; there are {', '.join(PAIRS)}.")
     torch.set_num_threads(1)
     rows = {}
     for name in given.pairs or PAIRS:

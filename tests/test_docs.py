@@ -55,7 +55,7 @@ def test_every_strategy_has_a_section_with_its_table() -> None:
 
 
 def test_the_wrong_key_of_the_recipe_page_is_refused_as_written() -> None:
-    (_, text), *_ = blocks("toml")
+    text = next(text for page, text in blocks("toml") if page == "recipe.md")
     line = next(sentence for _, sentence in blocks("") if sentence.startswith("recipe.toml:"))
     with pytest.raises(BadInput) as caught:
         Recipe.parse(text.replace("weight_decay = 0.01", "weight_deca = 0.01"))
