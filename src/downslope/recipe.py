@@ -8,11 +8,11 @@ however they are written.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from torch import nn
@@ -28,27 +28,9 @@ from downslope.rules.rule import check, in_series
 from downslope.schedule import Duration, Schedule, duration, in_steps
 from downslope.state import plain_name
 from downslope.strategies import STRATEGIES, Strategy
+from downslope.toml import Differences, differences, pairs, written
 
 CATALOGUE = {**LINKS, **RULES}
-
-
-class Difference(NamedTuple):
-    """One choice in which two recipes differ; None where a recipe does not have it."""
-
-    key: str
-    mine: Any
-    theirs: Any
-
-    def __str__(self) -> str:
-        mine, theirs = ("-" if value is None else _toml(value) for value in (self.mine, self.theirs))
-        return f"{self.key}: {mine} → {theirs}"
-
-
-class Differences(list[Difference]):
-    """All choices in which two recipes differ; prints one a line."""
-
-    def __str__(self) -> str:
-        return "\n".join(map(str, self))
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +41,8 @@ class Recipe:
     per update. `route`: chains of their own for the parameters of a role (see `ds.groups`); `roles`: numbers
     overridden for a role. `guard`: skip updates whose gradients are not finite. `strategies`: what is chosen
     beyond the rule, by name or as a list (see `ds.strategies`); `observe`: how often those that react, and
-    schedules such as plateau, see a validation. A percentage in a schedule is of the training.
+    schedules such as plateau, see a validation. `players`: for players of a task with several (`ds.Player`),
+    a chain, or a Recipe for roles and guard; without one they take this. A percentage is of the training.
 
     >>> import downslope as ds
     >>> rate = ds.cosine(3e-4, steps="100 %", warmup="5 %")
@@ -76,6 +59,7 @@ class Recipe:
     route: Mapping[str, Chain] = field(default_factory=dict)
     strategies: Mapping[str, Strategy] = field(default_factory=dict)  # or, to begin with, a list of them
     observe: Duration = "1 epoch"
+    players: Mapping[str, "Recipe"] = field(default_factory=dict)  # or, to begin with, their chains
 
     def __post_init__(self) -> None:
         if isinstance(self.chain, Route):
@@ -98,6 +82,22 @@ class Recipe:
         self._set("strategies", _company(self.strategies))
         with under("observe"):
             self._set("observe", _length(self.observe))
+        with under("player"):
+            players = {name: self._player(name, given) for name, given in self.players.items()}
+            self._set("players", MappingProxyType(players))
+
+    def _player(self, name: str, given: Any) -> "Recipe":
+        """What a player has of its own: a recipe of this one's length and batch."""
+        with under(name):
+            if not (isinstance(name, str) and name.isidentifier() and name.isascii()):
+                raise BadInput(f"a player is called as its submodule is, in plain letters, got {name!r}.")
+            if isinstance(given, Recipe):
+                if given.strategies or given.players:
+                    raise BadInput(
+                        "strategies and players belong to the recipe itself, not to a player's part."
+                    )
+                return replace(given, steps=self.steps, batch_size=self.batch_size, observe=self.observe)
+            return Recipe(given, self.steps, self.batch_size, guard=self.guard, observe=self.observe)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -146,8 +146,13 @@ class Recipe:
             if (table := getattr(shape, name)) is not None:
                 with under(name):
                     strategies[name] = kind.from_data(table)
+        players = {}
+        for name, table in shape.player.items():
+            with under("player", name):
+                players[name] = cls.from_data(_inherited(data, table))
         more = {} if shape.observe is None else {"observe": shape.observe}
-        return cls(made, shape.steps, shape.batch_size, roles, shape.guard, routed, strategies, **more)
+        made_of = (made, shape.steps, shape.batch_size, roles, shape.guard, routed, strategies)
+        return cls(*made_of, players=players, **more)
 
     def data(self) -> dict[str, Any]:
         """The recipe as plain JSON or TOML data, with every number written out; `from_data` reads it back."""
@@ -160,22 +165,33 @@ class Recipe:
             **({"route": routed} if routed else {}),
             "roles": {role: _plain(numbers) for role, numbers in self.roles.items()},
             **({"observe": self.observe} if self.observe != "1 epoch" else {}),
+            **(
+                {"player": {name: made._part_data() for name, made in self.players.items()}}
+                if self.players
+                else {}
+            ),
             **{name: strategy.data() for name, strategy in self.strategies.items()},
         }
+
+    def _part_data(self) -> dict[str, Any]:
+        """A player's part as plain data."""
+        return {key: value for key, value in self.data().items() if key in _OWN and value != {}}
 
     def text(self) -> str:
         """The recipe as TOML, every number written out; `parse` reads it back to an equal recipe."""
         data = self.data()
         first = ("steps", "batch_size", "guard", "observe")
-        lines = [f"{key} = {_toml(data[key])}" for key in first if key in data]
-        chains = {"chain": data["chain"], **{f"route.{k}": v for k, v in data.get("route", {}).items()}}
-        for name, tables in chains.items():
-            for numbers in tables:
-                lines += ["", f"[[{name}]]", *_pairs(numbers)]
-        for role, numbers in data["roles"].items():
-            lines += ["", f"[roles.{role}]", *_pairs(numbers)]
+        lines = [f"{key} = {written(data[key])}" for key in first if key in data]
+        lines += _sections(data)
+        for name, own in data.get("player", {}).items():
+            lines += [
+                "",
+                f"[player.{name}]",
+                *pairs({"guard": own["guard"]}),
+                *_sections(own, f"player.{name}."),
+            ]
         for name in self.strategies:
-            lines += ["", f"[{name}]", *_pairs(data[name])]
+            lines += ["", f"[{name}]", *pairs(data[name])]
         return "\n".join(lines) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -197,7 +213,7 @@ class Recipe:
         steps: 100 → 200
         adamw.lr: 0.001 → 0.003
         """
-        return Differences(_differences("", self._outline(), other._outline()))
+        return Differences(differences("", self._outline(), other._outline()))
 
     def with_(self, **changes: Any) -> "Recipe":
         """The same recipe but for these fields (`steps`, …) or numbers of its chain (`lr`, …)."""
@@ -263,6 +279,13 @@ class Recipe:
         roles, _ = data.pop("roles"), data.pop("route", None)
         data |= _named_parts(self.chain, data)
         routed = {role: {"chain": made.name, **_named_parts(made)} for role, made in self.route.items()}
+        if self.players:
+            data["player"] = {
+                name: {
+                    key: value for key, value in made._outline().items() if key not in ("steps", "batch_size")
+                }
+                for name, made in self.players.items()
+            }
         return {**data, **({"route": routed} if routed else {}), "roles": roles}
 
     def _set(self, name: str, value: object) -> None:
@@ -286,6 +309,7 @@ class _Plain(BaseModel):
     chain: list[dict[str, Any]] = Field(min_length=1, examples=['a table [[chain]] with part = "adamw"'])
     route: dict[str, list[dict[str, Any]]] = {}
     roles: dict[str, dict[str, Any]] = {}
+    player: dict[str, dict[str, Any]] = {}
     observe: Any = None
 
 
@@ -309,6 +333,19 @@ def _shape(data: Mapping[str, Any]) -> Any:
         else:
             said = f"{name}: {worst['msg'][:1].lower()}{worst['msg'][1:]}, got {worst['input']!r}."
         raise BadInput(said, key=worst["loc"]) from None
+
+
+_OWN = ("guard", "chain", "route", "roles")
+"""What a player may have of its own."""
+
+
+def _inherited(data: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """A player's table with what it leaves out from the recipe; a chain of its own brings its own roles."""
+    for key in own:
+        if key not in _OWN:
+            raise BadInput(_unknown(key, _OWN), key=(key,))
+    shared = ("steps", "batch_size", "guard", *(() if "chain" in own else _OWN))
+    return {**{key: data[key] for key in shared if key in data}, **own}
 
 
 def _unknown(name: str, allowed: Iterable[str], what: str = "key") -> str:
@@ -501,25 +538,13 @@ def _plain(value: Any) -> Any:
     return [_plain(one) for one in value] if isinstance(value, tuple) else value
 
 
-def _differences(key: str, mine: Any, theirs: Any) -> Iterator[Difference]:
-    tables = isinstance(mine, dict) and isinstance(theirs, dict)
-    if tables and mine.get("schedule") == theirs.get("schedule"):
-        for name in dict.fromkeys([*mine, *theirs]):
-            yield from _differences(f"{key}.{name}".lstrip("."), mine.get(name), theirs.get(name))
-    elif mine != theirs:
-        yield Difference(key, mine, theirs)
-
-
-def _pairs(table: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{key if key.isidentifier() else json.dumps(key)} = {_toml(value)}" for key, value in table.items()
-    ]
-
-
-def _toml(value: Any) -> str:
-    """A value as TOML writes it. Recipes hold no text but plain words, which JSON and TOML write alike."""
-    if isinstance(value, dict):
-        return f"{{ {', '.join(_pairs(value))} }}"
-    if isinstance(value, list):
-        return f"[{', '.join(map(_toml, value))}]"
-    return json.dumps(value)
+def _sections(data: Mapping[str, Any], before: str = "") -> list[str]:
+    """Chain, route and roles as TOML, in tables whose names begin with `before`."""
+    chains = {"chain": data["chain"], **{f"route.{k}": v for k, v in data.get("route", {}).items()}}
+    lines = []
+    for name, tables in chains.items():
+        for numbers in tables:
+            lines += ["", f"[[{before}{name}]]", *pairs(numbers)]
+    for role, numbers in data.get("roles", {}).items():
+        lines += ["", f"[{before}roles.{role}]", *pairs(numbers)]
+    return lines

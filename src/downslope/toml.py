@@ -1,16 +1,19 @@
 """TOML that knows its lines: the standard library's parser, and beside its data the line of every key.
 
+And the way back: plain data written as TOML, and what differs between two documents.
+
 `tomllib` decides what the text means; it is strict, and it is what other programs use. It keeps no
 positions, so a second, smaller reading of the same text finds where each key stands. That reading may trust
 that the text is TOML.
 """
 
+import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from downslope.errors import BadInput
 
@@ -167,3 +170,52 @@ class _Lines:
                 item(place)
                 place += 1
         self._next()
+
+
+class Difference(NamedTuple):
+    """One value in which two documents differ; None where one does not have it."""
+
+    key: str
+    mine: Any
+    theirs: Any
+
+    def __str__(self) -> str:
+        mine, theirs = ("-" if value is None else written(value) for value in (self.mine, self.theirs))
+        return f"{self.key}: {mine} → {theirs}"
+
+
+class Differences(list[Difference]):
+    """All values in which two documents differ; prints one a line."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self))
+
+
+def differences(key: str, mine: Any, theirs: Any) -> Iterator[Difference]:
+    """What differs between two values, tables entry by entry, but schedules of two kinds as a whole."""
+    tables = isinstance(mine, dict) and isinstance(theirs, dict)
+    if tables and mine.get("schedule") == theirs.get("schedule"):
+        for name in dict.fromkeys([*mine, *theirs]):
+            yield from differences(f"{key}.{name}".lstrip("."), mine.get(name), theirs.get(name))
+    elif mine != theirs:
+        yield Difference(key, mine, theirs)
+
+
+def pairs(table: Mapping[str, Any]) -> list[str]:
+    """The lines of a table."""
+    return [
+        f"{key if key.isidentifier() else json.dumps(key)} = {written(value)}" for key, value in table.items()
+    ]
+
+
+def written(value: Any) -> str:
+    """A value as TOML writes it; its texts are plain words, which JSON and TOML write alike.
+
+    >>> written({"part": "adam", "betas": [0.9, 0.99]})
+    '{ part = "adam", betas = [0.9, 0.99] }'
+    """
+    if isinstance(value, dict):
+        return f"{{ {', '.join(pairs(value))} }}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(written, value))}]"
+    return json.dumps(value)

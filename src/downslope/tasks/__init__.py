@@ -2,7 +2,7 @@
 
 from downslope.tasks.catalogue import reopen, task, tasks
 from downslope.tasks.data import Batch, Data, size, take
-from downslope.tasks.definition import Task, accuracy, cross_entropy, squared_error
+from downslope.tasks.definition import Player, Task, accuracy, cross_entropy, squared_error
 from downslope.tasks.entry import Entry
 from downslope.tasks.guest import frames, guest, load
 
@@ -10,6 +10,7 @@ __all__ = [
     "Batch",
     "Data",
     "Entry",
+    "Player",
     "Task",
     "accuracy",
     "cross_entropy",

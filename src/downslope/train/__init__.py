@@ -3,17 +3,20 @@
 from downslope.train.checkpoint import Damaged
 from downslope.train.history import history, losses
 from downslope.train.order import order, steps_per_epoch
+from downslope.train.player import Diverged, Move, Side
 from downslope.train.proof import Proof, verify_resume
 from downslope.train.run import Run, resume, train
-from downslope.train.state import Attempt, Diverged, Evaluation, TrainState
+from downslope.train.state import Attempt, Evaluation, TrainState
 
 __all__ = [
     "Attempt",
     "Damaged",
     "Diverged",
     "Evaluation",
+    "Move",
     "Proof",
     "Run",
+    "Side",
     "TrainState",
     "history",
     "losses",

@@ -15,9 +15,10 @@ from downslope.recipe import Recipe
 from downslope.tasks import Task
 from downslope.train import checkpoint
 from downslope.train.plan import Plan
+from downslope.train.player import Diverged
 from downslope.train.progress import Show
 from downslope.train.signals import Signals
-from downslope.train.state import Attempt, Diverged, Evaluation, TrainState
+from downslope.train.state import Attempt, Evaluation, TrainState
 
 KEEP = 2
 """Checkpoints that are kept; an older one goes after a newer one has been read back and verified."""
@@ -96,13 +97,14 @@ class Loop:
         if not attempts:
             return
         losses = torch.stack([attempt.loss for attempt, _ in attempts]).tolist()
-        for (attempt, seconds), loss in zip(attempts, losses, strict=True):
+        for (attempt, seconds), loss, players in zip(attempts, losses, _players(attempts), strict=True):
             fields: dict[str, Any] = {"step": attempt.step, "loss": loss}
             if attempt.skipped:
                 named = list(attempt.skipped[:_NAMES])
                 self.journal.append("skip", sync=False, **fields, names=named, count=len(attempt.skipped))
-            else:
-                self.journal.append("step", sync=False, **fields, lr=attempt.lr, seconds=seconds)
+            if attempt.applied or not attempt.skipped:
+                told = {"players": players} if players else {}
+                self.journal.append("step", sync=False, **fields, lr=attempt.lr, **told, seconds=seconds)
         self.show.update(self.state.step, losses[-1])
 
     def _validate(self) -> None:
@@ -126,6 +128,17 @@ class Loop:
         kept = sorted(path for path in self.folder.iterdir() if _CHECKPOINT.fullmatch(path.name))
         for path in kept[:-KEEP]:
             checkpoint.remove(path)
+
+
+def _players(attempts: Sequence[tuple[Attempt, float]]) -> list[dict[str, dict[str, float | None]]]:
+    """For each attempt, loss and rate by name of the players that were updated, where there are several."""
+    named = [
+        {name: move for name, move in attempt.moves.items() if name and move.applied}
+        for attempt, _ in attempts
+    ]
+    every = [move.loss for moves in named for move in moves.values()]
+    losses = iter(torch.stack(every).tolist() if every else [])
+    return [{name: {"loss": next(losses), "lr": move.lr} for name, move in moves.items()} for moves in named]
 
 
 def restore(

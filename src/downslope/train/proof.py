@@ -182,7 +182,8 @@ def _hidden(state: TrainState) -> Iterator[tuple[str, str]]:
     if file and file.stem in sys.modules:
         own = vars(sys.modules[file.stem])
         yield from ((f"global {name!r} of {file.name}", text) for name, text in _texts(own))
-    for function in (task.model, task.loss):
+    functions: list[Any] = [task.model, task.loss, *(player.loss for player in task.players.values())]
+    for function in functions:
         if inspect.isfunction(function):
             own = dict(inspect.getclosurevars(function).nonlocals)
             yield from ((f"variable {name!r} of the task function", text) for name, text in _texts(own))

@@ -6,17 +6,16 @@ the others.
 """
 
 import platform
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from downslope.errors import BadInput, DownslopeError
+from downslope.errors import BadInput
 from downslope.journal import read
 from downslope.optimizer import Optimizer
 from downslope.recipe import Recipe
@@ -29,18 +28,12 @@ from downslope.train.fingerprint import digest, fingerprint
 from downslope.train.history import history
 from downslope.train.order import order, steps_per_epoch
 from downslope.train.plan import Plan
+from downslope.train.player import Move, Side, sides
 from downslope.train.random import Generators
 from downslope.train.surroundings import Surroundings, kept
 from downslope.train.weights import at_rest, check_alike, classes, moved
 
-SKIPS = 20
-"""Updates that may be skipped in a row before a training is given up."""
-
 _EVALUATED_AT_ONCE = 512  # fixed, so that the same weights give the same bits whatever the recipe
-
-
-class Diverged(DownslopeError):  # noqa: N818  the sentence reads "diverged: …"
-    """The training was given up: update after update, its gradients were not finite."""
 
 
 class Attempt(NamedTuple):
@@ -48,12 +41,19 @@ class Attempt(NamedTuple):
 
     `step` counts the updates applied before it, `lr` is the rate it used (of the first group), `skipped`
     names the parameters whose gradients were not finite; it is empty for an update that was applied.
+    `moves` tells the same of every player that had its turn; `loss` is their sum, `lr` that of the first.
     """
 
     step: int
     loss: Tensor
     lr: float | None
     skipped: tuple[str, ...]
+    moves: Mapping[str, Move] = MappingProxyType({})
+
+    @property
+    def applied(self) -> bool:
+        """Whether anything was updated."""
+        return any(move.applied for move in self.moves.values())
 
 
 class Evaluation(NamedTuple):
@@ -72,8 +72,9 @@ class TrainState:
 
     Initial weights and the order of samples come from `seed`. `model` and `optimizer` are live;
     `optimizer.follow("lr", schedule)` makes a branch. `steps` is the length that the recipe asks for; `done`
-    may come earlier. A batch whose update is skipped is used up, but is no step. Raises BadInput, and
-    UserCodeError where the task's own code raises. `threads`: torch's, if not as many as the process has.
+    may come earlier. A batch whose update is skipped is used up, but is no step. Of several players a step is
+    a round, in which one at least was updated. Raises BadInput, and UserCodeError where the task's own code
+    raises. `threads`: torch's, if not as many as the process has.
 
     >>> from downslope.tasks import task
     >>> state = TrainState(task("cancer-logistic"), seed=1)
@@ -96,8 +97,7 @@ class TrainState:
         self.samples = size(task.train)
         self.steps_per_epoch = steps_per_epoch(self.samples, self.recipe.batch_size)
         self.steps = self.recipe.run_steps(self.steps_per_epoch)
-        self.batches = 0
-        self.skips_in_a_row = 0
+        self.step, self.batches = 0, 0
         self.finished = False
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
         self._surroundings = Surroundings.seeded(seed, threads)
@@ -137,20 +137,24 @@ class TrainState:
         if fresh:
             for strategy in strategies.values():
                 strategy.prepare(training)
-        self.optimizer: Optimizer = self.recipe.build(
-            self.model, steps=self.steps, steps_per_epoch=self.steps_per_epoch
+        self.sides: tuple[Side, ...] = sides(
+            self.task, self.recipe, self.model, self.steps, self.steps_per_epoch
         )
-        training.optimizer = self.optimizer
+        training.optimizer = self.sides[0].optimizer  # several share only strategies that do not touch it
         self.company = begin(strategies, training)
-        self._loss = self.company.loss(self.task.loss)
+        for side in self.sides:
+            side.loss = self.company.loss(side.loss)
         self._observes = 0
-        if self.company.reacts or self.optimizer.reacts:
+        if self.company.reacts or any(side.optimizer.reacts for side in self.sides):
             self._observes = max(1, in_steps(self.recipe.observe, "observe", **rates))
 
     @property
-    def step(self) -> int:
-        """Applied updates."""
-        return self.optimizer.steps
+    def optimizer(self) -> Optimizer:
+        """The optimizer of the one player that a usual task has; BadInput if it has several."""
+        if len(self.sides) > 1:
+            names = ", ".join(side.name for side in self.sides)
+            raise BadInput(f"the players {names} have an optimizer each: see `sides`.")
+        return self.sides[0].optimizer
 
     @property
     def epoch(self) -> int:
@@ -183,9 +187,11 @@ class TrainState:
             while self.step < goal and not self.company.stopped:
                 attempt = self._attempt()
                 pause = on_step is not None and on_step(attempt)
-                if self.step == attempt.step:
-                    self._check_progress(attempt.skipped)
-                elif pause:
+                for side in self.sides:
+                    move = attempt.moves.get(side.name)
+                    if move is not None and not move.applied:
+                        side.check(self.step, move.skipped)
+                if pause and self.step > attempt.step:
                     break
 
     def evaluate(self, part: str = "valid") -> Evaluation:
@@ -216,7 +222,8 @@ class TrainState:
         """Evaluation mode and weights, and afterwards everything as it was."""
         with kept(), torch.no_grad(), at_rest(self.model), ExitStack() as stack:
             if not self.finished:
-                stack.enter_context(self.optimizer.averaged())
+                for side in self.sides:
+                    stack.enter_context(side.optimizer.averaged())
                 stack.enter_context(self.company.evaluating())
             yield
 
@@ -241,7 +248,8 @@ class TrainState:
         with self._evaluating():
             seen = self._judge("valid")
             self.company.observed(self.step, seen.loss, seen.metric)
-        self.optimizer.observe(seen.loss)
+        for side in self.sides:
+            side.optimizer.observe(seen.loss)
 
     def save(self, folder: Folder) -> str:
         """Write a checkpoint, durably and whole or not at all, and return the SHA-256 of its manifest.
@@ -289,15 +297,17 @@ class TrainState:
         state.company.load(
             data["strategies"], checkpoint.tensors(folder, "strategies.safetensors") if held else {}
         )
-        state._load_optimizer(data["optimizer"], checkpoint.tensors(folder, "optimizer.safetensors"))
-        state.batches, state.skips_in_a_row = data["batches"], data["skips_in_a_row"]
+        slots = checkpoint.tensors(folder, "optimizer.safetensors")
+        for side, own in zip(state.sides, data["players"], strict=True):
+            side.load(own, slots)
+        state.step, state.batches = data["step"], data["batches"]
         state._surroundings = Surroundings(Generators.from_data(data["generators"]), data["threads"])
         return state
 
     def fields(self) -> dict[str, str]:
         """Every counter, generator and tensor by name, as text that is equal if and only if the bits are."""
         data = self._data()
-        found = {name: str(data[name]) for name in ("step", "batches", "skips_in_a_row", "threads")}
+        found = {name: str(data[name]) for name in ("step", "batches", "threads")}
         for name, value in data["generators"].items():
             items = value if name == "devices" else {name: value}
             found |= {f"generator {key}": digest(str(item).encode()) for key, item in items.items()}
@@ -306,50 +316,28 @@ class TrainState:
         tensors |= {f"optimizer {name}": tensor for name, tensor in self._slots().items()}
         tensors |= {f"strategy {name}": tensor for name, tensor in self.company.tensors().items()}
         found |= {name: fingerprint(tensor) for name, tensor in tensors.items()}
-        for place, group in enumerate(data["optimizer"]["param_groups"]):
-            found |= {f"optimizer group {place} {key}": repr(value) for key, value in group.items()}
-        found |= {f"strategy {name}": repr(held) for name, held in data["strategies"].items()}
-        found["optimizer seen"] = repr(data["optimizer"]["seen"])
-        return {**found, "optimizer schedules": repr(data["optimizer"]["schedules"])}
+        for side in self.sides:
+            found |= side.fields()
+        return found | {f"strategy {name}": repr(held) for name, held in data["strategies"].items()}
 
     def _attempt(self) -> Attempt:
-        step, lr = self.step, self.optimizer.param_groups[0].get("lr")
-        guarded = partial(guest, f"The loss of {self.task.name or 'the task'}")
-        with guarded():
+        step = self.step
+        with guest(f"The loss of {self.task.name or 'the task'}"):
             batch = self._batch()
         self.company.before(step)
         pieces = list(self.company.parts(batch))
-
-        def closure() -> Tensor:
-            with guarded():
-                self.optimizer.zero_grad()
-                losses = [_backward(self._loss(self.model, piece), share) for piece, share in pieces]
-                return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-
-        if self.optimizer.asks_again:
-            loss = self.optimizer.step(closure)
-        else:
-            loss = closure()
-            self.optimizer.step()
+        moves = {side.name: side.move(self.model, pieces) for side in self.sides if side.due(step)}
         self.batches += 1
-        skipped = self.optimizer.skipped.names if self.optimizer.skipped else ()
-        if self.step > step:
+        first, *others = moves.values()
+        loss = sum((move.loss for move in others), start=first.loss)
+        skipped = tuple(name for move in moves.values() for name in move.skipped)
+        attempt = Attempt(step, loss, first.lr, skipped, moves)
+        if attempt.applied:
+            self.step += 1
             self.company.applied(self.step)
             if self._observes and self.step % self._observes == 0:
                 self._observe()
-        self.skips_in_a_row = self.skips_in_a_row + 1 if skipped else 0
-        return Attempt(step, loss.detach(), lr, skipped)
-
-    def _check_progress(self, skipped: tuple[str, ...]) -> None:
-        if self.skips_in_a_row >= SKIPS:
-            raise Diverged(
-                f"{SKIPS} updates in a row were skipped at step {self.step}, because the gradients of "
-                f"{_listed(skipped)} were not finite: the training diverged; a lower rate may help."
-            )
-        if all(p.grad is None for group in self.optimizer.param_groups for p in group["params"]):
-            raise BadInput(
-                "the loss gave no parameter a gradient: does it depend on the model's trainable parameters?"
-            )
+        return attempt
 
     def _batch(self) -> Batch:
         epoch, position, count = self.epoch, self.position, self.recipe.batch_size
@@ -394,18 +382,11 @@ class TrainState:
         return {name: buffer for name, buffer in self.model.named_buffers() if name not in shown}
 
     def _slots(self) -> dict[str, Tensor]:
-        """The optimizer's state by "<parameter name>.<slot>"."""
-        packed = self.optimizer.state_dict()
-        names = _names(packed["param_groups"])
-        return {
-            f"{names[identity]}.{slot}": tensor
-            for identity, slots in packed["state"].items()
-            for slot, tensor in slots.items()
-        }
+        """The state of every optimizer by "<parameter name>.<slot>"."""
+        return {name: slot for side in self.sides for name, slot in side.slots().items()}
 
     def _data(self) -> dict[str, Any]:
         """Everything that is no tensor of model and optimizer, as plain data."""
-        packed = self.optimizer.state_dict()
         return {
             "schema": checkpoint.SCHEMA,
             "task": self.task.name,
@@ -414,29 +395,13 @@ class TrainState:
             "recipe": self.recipe.text(),
             "step": self.step,
             "batches": self.batches,
-            "skips_in_a_row": self.skips_in_a_row,
             "threads": self.threads,
             "torch": torch.__version__,
             "python": platform.python_version(),
             "generators": self._surroundings.generators.data(),
             "strategies": self.company.data(),
-            "optimizer": {
-                "param_groups": _plain(packed["param_groups"]),
-                "schedules": packed["schedules"],
-                "seen": packed["seen"],
-            },
+            "players": [side.data() for side in self.sides],
         }
-
-    def _load_optimizer(self, data: Mapping[str, Any], slots: Mapping[str, Tensor]) -> None:
-        ids = {name: identity for identity, name in _names(data["param_groups"]).items()}
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in slots.items():
-            name, _, slot = key.rpartition(".")
-            state.setdefault(ids[name], {})[slot] = tensor
-        with warnings.catch_warnings():
-            # What a branch follows differs from its recipe on purpose; the recipe itself was compared.
-            warnings.filterwarnings("ignore", message="the checkpoint's numbers are used")
-            self.optimizer.load_state_dict({**data, "state": state})
 
 
 def trained(folder: str) -> nn.Module:
@@ -450,35 +415,6 @@ def trained(folder: str) -> nn.Module:
     state = TrainState.load(Path(folder, "ckpt", last["name"]), task, sha=last["sha"])
     state.finish()
     return state.model
-
-
-def _backward(loss: Tensor, share: float) -> Tensor:
-    """Send a loss backward, as a share of the whole. ValueError if it is not one number."""
-    if not isinstance(loss, Tensor) or loss.ndim:
-        given = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
-        raise ValueError(f"a loss must be a tensor with one number (0-d), got {given}")
-    part = loss if share == 1.0 else loss * share
-    part.backward()  # type: ignore[no-untyped-call]
-    return part.detach()
-
-
-def _names(groups: list[dict[str, Any]]) -> dict[int, str]:
-    return {
-        identity: name
-        for group in groups
-        for identity, name in zip(group["params"], group["param_names"], strict=True)
-    }
-
-
-def _plain(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        {key: float(value) if isinstance(value, Tensor) else value for key, value in group.items()}
-        for group in groups
-    ]
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _mean(values: list[float], counts: list[int]) -> float:

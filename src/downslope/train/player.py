@@ -1,0 +1,241 @@
+"""A player's side of a training: its part of the model, its loss, its optimizer.
+
+The usual task has one player, called "", and its part is the whole model.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from fractions import Fraction
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from downslope.errors import BadInput, DownslopeError, nearest
+from downslope.recipe import Recipe
+from downslope.tasks import Batch, Task, guest
+
+SKIPS = 20
+"""Updates that may be skipped in a row before a training is given up."""
+
+TOGETHER = ("start", "normalisation", "dropout", "depth", "micro", "average", "stop")
+"""Strategies that see the whole model and no optimizer, so that a training may have several players."""
+
+
+class Diverged(DownslopeError):  # noqa: N818  the sentence reads "diverged: …"
+    """The training was given up: update after update, its gradients were not finite."""
+
+
+class Move(NamedTuple):
+    """One player's turn: its loss (detached, before the update), its rate (of the first group), the names of
+    parameters whose gradients were not finite, and whether the update was applied.
+    """
+
+    loss: Tensor
+    lr: float | None
+    skipped: tuple[str, ...]
+    applied: bool
+
+
+class Side:
+    """One player in one training. `steps` and `steps_per_epoch` are the training's, in rounds.
+
+    While it moves, no other player's parameter requires a gradient: theirs stay as they are, and the graph
+    behind them is not built. The modules of all are in the mode they are in, so a BatchNorm's statistics
+    follow every pass through it, whoever moves.
+    """
+
+    def __init__(
+        self, task: Task, name: str, model: nn.Module, recipe: Recipe, steps: int, steps_per_epoch: int
+    ) -> None:
+        player = task.players[name]
+        self.name, self.every = name, player.every
+        self.loss = player.loss
+        self.part = model.get_submodule(name)
+        own = {id(parameter) for parameter in self.part.parameters()}
+        self._others = [parameter for parameter in model.parameters() if id(parameter) not in own]
+        self._before = f"{name}." if name else ""
+        self._guarded = partial(guest, f"The loss of {name or task.name or 'the task'}")
+        self.skips = 0
+        # Schedules count a player's own updates, each of which takes `every` batches of the data.
+        mine = recipe.players.get(name, recipe)
+        self.optimizer = replace(mine, batch_size=recipe.batch_size * self.every).build(
+            self.part,
+            steps=max(1, steps // self.every),
+            steps_per_epoch=cast("int", Fraction(steps_per_epoch, self.every)),
+        )
+
+    def due(self, step: int) -> bool:
+        """Whether it moves in round `step`, from 0."""
+        return (step + 1) % self.every == 0
+
+    def move(self, model: nn.Module, pieces: Sequence[tuple[Batch, float]]) -> Move:
+        """Take the gradient of its loss over a batch in pieces with their shares, and make its update."""
+        optimizer, before = self.optimizer, self.optimizer.steps
+        lr = optimizer.param_groups[0].get("lr")
+
+        def closure() -> Tensor:
+            with self._guarded():
+                optimizer.zero_grad()
+                losses = [_backward(self.loss(model, piece), share) for piece, share in pieces]
+                return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+        with self._alone():
+            if optimizer.asks_again:
+                loss = optimizer.step(closure)
+            else:
+                loss = closure()
+                optimizer.step()
+        names = optimizer.skipped.names if optimizer.skipped else ()
+        self.skips = self.skips + 1 if names else 0
+        skipped = tuple(f"{self._before}{name}" for name in names)
+        return Move(loss.detach(), lr, skipped, optimizer.steps > before)
+
+    def check(self, step: int, skipped: tuple[str, ...]) -> None:
+        """After an update that was not applied: raise Diverged or BadInput if none ever will be."""
+        if self.skips >= SKIPS:
+            whose = f" of {self.name}" if self.name else ""
+            raise Diverged(
+                f"{SKIPS} updates in a row{whose} were skipped at step {step}, because the gradients of "
+                f"{_listed(skipped)} were not finite: the training diverged; a lower rate may help."
+            )
+        if all(p.grad is None for group in self.optimizer.param_groups for p in group["params"]):
+            which, what = (f"loss of {self.name}", "its") if self.name else ("loss", "the model's")
+            raise BadInput(
+                f"the {which} gave no parameter a gradient: does it depend on {what} trainable parameters?"
+            )
+
+    def slots(self) -> dict[str, Tensor]:
+        """The optimizer's state by "<parameter name>.<slot>", the name as the whole model has it."""
+        packed = self.optimizer.state_dict()
+        names = _names(packed["param_groups"])
+        return {
+            f"{self._before}{names[identity]}.{slot}": tensor
+            for identity, slots in packed["state"].items()
+            for slot, tensor in slots.items()
+        }
+
+    def data(self) -> dict[str, Any]:
+        """What is no tensor, as plain data."""
+        packed = self.optimizer.state_dict()
+        return {
+            "name": self.name,
+            "skips_in_a_row": self.skips,
+            "param_groups": _plain(packed["param_groups"]),
+            "schedules": packed["schedules"],
+            "seen": packed["seen"],
+        }
+
+    def load(self, data: Mapping[str, Any], slots: Mapping[str, Tensor]) -> None:
+        """Go on from `data`, and from what of the `slots` of all players is its own."""
+        self.skips = data["skips_in_a_row"]
+        ids = {name: identity for identity, name in _names(data["param_groups"]).items()}
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in slots.items():
+            if key.startswith(self._before):
+                name, _, slot = key.removeprefix(self._before).rpartition(".")
+                state.setdefault(ids[name], {})[slot] = tensor
+        with warnings.catch_warnings():
+            # What a branch follows differs from its recipe on purpose; the recipe itself was compared.
+            warnings.filterwarnings("ignore", message="the checkpoint's numbers are used")
+            self.optimizer.load_state_dict({**data, "state": state})
+
+    def fields(self) -> dict[str, str]:
+        """What is no tensor, by name, as text that is equal if and only if the bits are."""
+        data, whose = self.data(), f"{self.name} " if self.name else ""
+        found = {
+            f"{whose}optimizer group {place} {key}": repr(value)
+            for place, group in enumerate(data["param_groups"])
+            for key, value in group.items()
+        }
+        found[f"{whose}skips_in_a_row"] = str(self.skips)
+        return found | {f"{whose}optimizer {key}": repr(data[key]) for key in ("seen", "schedules")}
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        lent = [parameter for parameter in self._others if parameter.requires_grad]
+        try:
+            for parameter in lent:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in lent:
+                parameter.requires_grad_(True)
+
+
+def sides(task: Task, recipe: Recipe, model: nn.Module, steps: int, steps_per_epoch: int) -> tuple[Side, ...]:
+    """The sides of a task's players, in the order in which they move.
+
+    BadInput unless every trainable parameter of the model is one player's, and the recipe knows only these
+    players and no strategy that is about one optimizer.
+    """
+    names = list(task.players)
+    check_players(task, recipe)
+    owner: dict[int, str] = {}
+    for name in names:
+        try:
+            part = model.get_submodule(name)
+        except AttributeError:
+            near = nearest(name, [child for child, _ in model.named_children()])
+            raise BadInput(
+                f"the model has no submodule {name!r} for the player of that name.{near}"
+            ) from None
+        for path, parameter in part.named_parameters():
+            if other := owner.get(id(parameter)):
+                raise BadInput(f"{name}.{path} of the model is {other}'s too: a parameter has one player.")
+            owner[id(parameter)] = name
+    for path, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in owner:
+            raise BadInput(f"{path} of the model is no player's ({', '.join(names)}): who is to train it?")
+    found = tuple(Side(task, name, model, recipe, steps, steps_per_epoch) for name in names)
+    for side in found if len(found) > 1 and "average" in recipe.strategies else ():
+        if side.optimizer.averages:
+            raise BadInput(f"the rule of {side.name} has evaluation weights of its own: leave out [average].")
+    return found
+
+
+def check_players(task: Task, recipe: Recipe) -> None:
+    """BadInput where a recipe's players or strategies are not for the players of a task."""
+    names = [name for name in task.players if name]
+    for name in recipe.players:
+        if name not in names:
+            there = f"There are: {', '.join(names)}." if names else "It has one, and needs no [player]."
+            raise BadInput(f"the task has no player {name!r}.{nearest(name, names)} {there}")
+    for name in recipe.strategies if names else ():
+        if name not in TOGETHER:
+            raise BadInput(
+                f"[{name}] is about one loss and one optimizer, and this task has the players "
+                f"{', '.join(names)}: leave it out. With several go {', '.join(TOGETHER)}."
+            )
+
+
+def _backward(loss: Tensor, share: float) -> Tensor:
+    """Send a loss backward, as a share of the whole. ValueError if it is not one number."""
+    if not isinstance(loss, Tensor) or loss.ndim:
+        given = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+        raise ValueError(f"a loss must be a tensor with one number (0-d), got {given}")
+    part = loss if share == 1.0 else loss * share
+    part.backward()  # type: ignore[no-untyped-call]
+    return part.detach()
+
+
+def _names(groups: list[dict[str, Any]]) -> dict[int, str]:
+    return {
+        identity: name
+        for group in groups
+        for identity, name in zip(group["params"], group["param_names"], strict=True)
+    }
+
+
+def _plain(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {key: float(value) if isinstance(value, Tensor) else value for key, value in group.items()}
+        for group in groups
+    ]
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
