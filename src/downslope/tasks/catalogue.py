@@ -8,6 +8,7 @@ from downslope.tasks.clicks import clicks_deepfm
 from downslope.tasks.definition import Task
 from downslope.tasks.digits import digits_cnn, digits_factorisation, digits_lstm, digits_mlp, digits_resnet
 from downslope.tasks.entry import Entry
+from downslope.tasks.gan import digits_gan
 from downslope.tasks.guest import load
 from downslope.tasks.photo import photo_inr, photo_kmeans
 from downslope.tasks.tables import cancer_logistic, cancer_svm, diabetes_lasso, diabetes_linear
@@ -36,6 +37,7 @@ _MAKERS: tuple[Maker, ...] = (
     chars_transformer,
     clicks_deepfm,
     photo_inr,
+    digits_gan,
 )
 _CATALOGUE = {make.__name__.replace("_", "-"): make for make in _MAKERS}
 
