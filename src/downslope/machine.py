@@ -60,7 +60,7 @@ class Machine:
         fresh = self._fresh() if len(self.state) < count else []
         primes = bool(fresh) and not self.state and self._primes(fresh)
         if fresh or not self.built or self._replaced():
-            self._start(fresh)
+            self.start(fresh)
             self._build()
         if primes:
             return None
@@ -124,7 +124,8 @@ class Machine:
         idle = all(float(group["lr"]) == 0 for group in self.groups)
         return idle and not any(bool(p.grad.count_nonzero()) for p in fresh if p.grad is not None)
 
-    def _start(self, fresh: list[Tensor]) -> None:
+    def start(self, fresh: list[Tensor]) -> None:
+        """Give these parameters the state with which their rules begin."""
         wanted = set(fresh)
         for chain, group in zip(self.chains, self.groups, strict=True):
             for parameter in group["params"]:

@@ -6,6 +6,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -59,8 +60,7 @@ class Optimizer(torch.optim.Optimizer):
         guard: bool = False,
         model: nn.Module | None = None,
     ) -> None:
-        self.chain = chain if isinstance(chain, Chain | Route) else make_chain(chain)
-        self._route = self.chain if isinstance(self.chain, Route) else Route({"rest": self.chain})
+        self.chain, self._route = _routed(chain)
         self.guard = guard
         self.skipped: Skipped | None = None
         self.seen: list[tuple[int, float]] = []
@@ -71,9 +71,7 @@ class Optimizer(torch.optim.Optimizer):
         self._made: Machine | None = None
         self._averaging, self._passes = False, 1
         self._idle: bytes | None = None
-        first = next(iter(self._route.chains.values())).defaults
-        shared = first if len(self._route.chains) == 1 else {"lr": first["lr"]}
-        super().__init__(listed(parameters, self._route), {k: _live(v, 0) for k, v in shared.items()})
+        super().__init__(listed(parameters, self._route), _shared(self._route))
         self.state = Table(dict)
 
     @property
@@ -160,6 +158,39 @@ class Optimizer(torch.optim.Optimizer):
                 check(number, name, value, numbers[number], owner)
                 ratio = own * peak / first if number == "lr" and peak and first else 1.0
                 _follow(following, group, number, value if ratio == 1.0 else _times(value, ratio), self.seen)
+
+    def become(
+        self,
+        chain: Chain | Part | Rule | Route,
+        state: Mapping[Tensor, Mapping[str, Tensor]] = MappingProxyType({}),
+    ) -> None:
+        """Go on by another chain, at the same step, over the same parameters and groups.
+
+        A group keeps its multiple of the chain's rate, and numbers of its own where the new chain has them.
+        State begins anew, but for what `state` gives of it, by parameter and slot ("t" is one). BadInput,
+        with nothing changed, for a chain that cannot take the parameters. See also `ds.strategies.switch`.
+        """
+        made, route = _routed(chain)
+        chains = [route.of(group.get("role")) for group in self.param_groups]
+        for group, new in zip(self.param_groups, chains, strict=True):
+            admit(group["params"], new.matrix.name if new.matrix else None)
+        plans: list[dict[tuple[str, int | None], Schedule]] = [{} for _ in chains]
+        everything = (self.param_groups, self._following, self._chains, chains, self._ratios, plans)
+        for group, old, before, new, ratio, plan in zip(*everything, strict=True):
+            own = _own(group, old, before)
+            for key in before.defaults:
+                del group[key]
+            rate = new.defaults["lr"] if ratio == 1.0 else _times(new.defaults["lr"], ratio)
+            for key, value in {**new.defaults, "lr": rate}.items():
+                _follow(plan, group, key, own.get(key, value), self.seen)
+        self.chain, self._route, self._chains, self._following = made, route, chains, plans
+        self.defaults, self._passes = _shared(route), 2 if any(new.ascent for new in chains) else 1
+        self._made = None
+        self.state.clear()
+        self._machine.start(list(state))
+        for parameter, slots in state.items():
+            for name, value in slots.items():
+                self.state[parameter][name].copy_(value)
 
     def observe(self, value: float) -> None:
         """Take note of a validation after `steps` updates; schedules that react go by it from the next on."""
@@ -433,6 +464,26 @@ class Optimizer(torch.optim.Optimizer):
             group["step"] += 1
             for (key, index), schedule in following.items():
                 _write(group, key, index, schedule(group["step"], self.seen))
+
+
+def _routed(chain: Chain | Part | Rule | Route) -> tuple[Chain | Route, Route]:
+    made = chain if isinstance(chain, Chain | Route) else make_chain(chain)
+    return made, made if isinstance(made, Route) else Route({REST: made})
+
+
+def _shared(route: Route) -> dict[str, Any]:
+    """The defaults of every param group."""
+    first = next(iter(route.chains.values())).defaults
+    return {k: _live(v, 0) for k, v in (first if len(route.chains) == 1 else {"lr": first["lr"]}).items()}
+
+
+def _own(
+    group: Mapping[str, Any], following: Mapping[tuple[str, int | None], Schedule], chain: Chain
+) -> dict[str, Any]:
+    """The numbers of a group, its rate apart, that are not its chain's."""
+    scheduled = {key for key, index in following if index is not None}
+    now = {key: following.get((key, None), group[key]) for key in chain.defaults.keys() - scheduled}
+    return {key: value for key, value in now.items() if key != "lr" and value != chain.defaults[key]}
 
 
 def _plain(loss: Any) -> float:

@@ -6,6 +6,7 @@ from downslope.strategies.layers import depth, dropout, freeze, normalisation, r
 from downslope.strategies.live import Company, begin
 from downslope.strategies.stop import stop
 from downslope.strategies.strategy import Batch, Live, Loss, Strategy, Training
+from downslope.strategies.switch import switch
 from downslope.strategies.teacher import teacher
 
 STRATEGIES: dict[str, type[Strategy]] = {
@@ -20,6 +21,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
         mix,
         smoothing,
         micro,
+        switch,
         average,
         teacher,
         stop,
@@ -47,5 +49,6 @@ __all__ = [
     "smoothing",
     "start",
     "stop",
+    "switch",
     "teacher",
 ]
