@@ -139,7 +139,7 @@ from downslope.schedule import (
     step,
     wsd,
 )
-from downslope.tasks import Task, accuracy, cross_entropy, squared_error, task, tasks
+from downslope.tasks import Player, Task, accuracy, cross_entropy, squared_error, task, tasks
 from downslope.train import Diverged, Proof, Run, TrainState, losses, resume, train, verify_resume
 from downslope.version import __version__
 
@@ -183,6 +183,7 @@ __all__ = [
     "Nesterov",
     "Optimizer",
     "Part",
+    "Player",
     "Prodigy",
     "Proof",
     "RAdam",

@@ -58,3 +58,8 @@ def test_a_strategy_that_a_race_cannot_judge_is_refused_by_name(tmp_path: Path) 
         "micro",
         "average",
     }
+
+
+def test_a_task_with_several_players_does_not_race(tmp_path: Path) -> None:
+    with pytest.raises(ds.BadInput, match="several players: use downslope train"):
+        ds.race("digits-gan", budget="2x", out=tmp_path / "race")

@@ -43,6 +43,10 @@ class Request:
 
     def field(self) -> tuple[list[Trial], list[Trial]]:
         """Those that race, in order of importance, and the baseline, unless one of them is its twin."""
+        if "" not in self.task.players:
+            raise BadInput(
+                "a race follows one optimizer, and this task has several players: use downslope train."
+            )
         entered = [
             *brought(self.recipes),
             *grid(self.task.recipe, RULES if self.rules is None else self.rules),
