@@ -7,6 +7,7 @@ A strategy that needs a finished run finds one in the folder that it is given: "
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import downslope as ds
 from downslope import strategies as st
 from downslope.schedule import linear, wsd
 from downslope.strategies import Strategy
@@ -53,6 +54,16 @@ ROWS: Mapping[str, Sequence[Callable[[Path], Strategy]]] = {
     "micro": [
         lambda _: st.micro(items=6),
         lambda _: st.micro(items=1000),
+    ],
+    "switch": [
+        lambda _: st.switch(
+            at="50 %", to=ds.momentum(lr=linear(0.1, "100 %"), momentum=0), rewarm=3, guard="9 steps"
+        ),
+        lambda _: st.switch(
+            at=9, to=ds.chain(ds.l2(1), ds.adam(lr=1, betas=(0, 0.5))), match="none", guard=4
+        ),
+        lambda _: st.switch(at="swats", to=[{"part": "sgd"}], tolerance=1),
+        lambda _: st.switch(at="plateau", to=ds.lion(), patience=1, rise=1),
     ],
     "average": [
         lambda _: st.average(decay=0.9, warmup="ratio"),

@@ -59,7 +59,7 @@ class Log:
 
     @property
     def outcome(self) -> ev.Measured | ev.Evaluation | None:
-        """What the training ended with, which early stopping may have gone back for; so far, the last look."""
+        """What it ended with, which early stopping may have gone back for; until then the last look."""
         if self.end is not None and self.end.valid is not None:
             return self.end.valid
         return self.valid[-1] if self.valid else None

@@ -41,6 +41,8 @@ class switch(Strategy):
     arXiv:1712.07628. Not for: a rate that is already small at `at`, which "size" keeps small.
     """
 
+    unfair: ClassVar[str] = "its cooldown branches follow the first rule's rate"
+
     at: Any = "50 %"
     to: Any = momentum
     match: str | None = None
