@@ -4,9 +4,10 @@
 
 Both are trained equally long, on the same split of the data, from the same first weights, in the same order
 of samples: such pairs are made for seeds 0, 1, … Every training that has ended is a line in
-FOLDER/curves.jsonl, on disk before the next begins, with validations along the way: after a stop the same command goes on, and at
-most one training is lost. A line counts for the very recipe it was trained by, and for no other. `--seeds 0`
-trains nothing, and shows what is there. Numbers are those of the test part, which chose nothing.
+FOLDER/curves.jsonl, on disk before the next begins, with validations along the way: after a stop the same
+command goes on, and at most one training is lost. A line counts for the very recipe it was trained by, and
+for no other. `--seeds 0` trains nothing, and shows what is there. Numbers are those of the test part, which
+chose nothing.
 """
 
 from __future__ import annotations
@@ -117,10 +118,16 @@ def matrices(rule: Any) -> Make:
     return make
 
 
+def halfway(recipe: ds.Recipe) -> ds.Recipe:
+    """With momentum from the middle on, whose rate goes on from what adamw's steps are worth."""
+    peak = recipe.chain.defaults["lr"].peak
+    to = ds.momentum(lr=ds.cosine(30 * peak, steps="100 %"))
+    return also(st.switch(at="50 %", to=to))(recipe)
+
+
 TOKENS = {"chars-transformer": "inputs and targets are tokens"}
 NO_BATCHNORM = {"chars-transformer": "the model has no BatchNorm"}
 UNBRANCHED = {"digits-cnn": "the model has no residual branches"}
-NO_DROPOUT = dict.fromkeys(TASKS, "the model has no dropout layer")
 CLIPPED = {"chars-transformer": "the recipe has it already"}
 FALLING = {"steps": "100 %", "warmup": "5 %"}
 BRANCHES = tuple(f"{place}.body" for place in range(3, 9))
@@ -180,9 +187,15 @@ CHANGES: Mapping[str, Change] = {
         rate(lambda peak: ds.plateau(peak, factor=0.3, patience=3, warmup="5 %"), observe="30 steps")
     ),
     "no warmup": Change(rate(lambda peak: ds.cosine(peak, steps="100 %"))),
-    "dropout": Change(also(), NO_DROPOUT),
+    "switch to momentum half-way": Change(halfway),
 }
 """Every change by name, in the order in which they are measured. None was tuned."""
+
+ELSEWHERE = {
+    "teacher": "measured by benchmarks/distillation.py",
+    "dropout": "none of the three models has a dropout layer",
+}
+"""Strategies that no change takes."""
 
 
 @dataclass(frozen=True)
