@@ -156,7 +156,7 @@ CHANGES: Mapping[str, Change] = {
     "sam 0.05": Change(before(ds.sam(0.05))),
     "momentum": Change(by(ds.momentum, 30.0)),
     "lion": Change(by(ds.lion, 0.1)),
-    "muon, adamw for the rest": Change(matrices(ds.muon_rms)),
+    "muon for matrices": Change(matrices(ds.muon_rms)),
     "schedule-free adamw": Change(lambda recipe: by(ds.schedule_free_adamw, 1.0)(rate(steady)(recipe))),
     "early stopping": Change(also(st.stop(patience=5), observe="30 steps")),
     "layer-wise rates 0.8": Change(also(st.rates(decay=0.8))),
@@ -178,7 +178,7 @@ CHANGES: Mapping[str, Change] = {
     ),
     "l1 1e-5": Change(behind(ds.l1(1e-5))),
     "cautious": Change(behind(ds.cautious())),
-    "lookahead 5, 0.5": Change(behind(ds.lookahead(every=5, blend=0.5))),
+    "lookahead": Change(behind(ds.lookahead(every=5, blend=0.5))),
     "linear": Change(rate(lambda peak: ds.linear(peak, **FALLING))),
     "one_cycle": Change(rate(lambda peak: ds.one_cycle(peak, steps="100 %"))),
     "wsd": Change(rate(lambda peak: ds.wsd(peak, **FALLING))),
@@ -403,13 +403,14 @@ def markdown(rows: list[Row]) -> str:
         whole, own = cached(task), TASKS[task]
         length = f"{own} instead of {whole.recipe.steps}" if own else f"{whole.recipe.steps}, the task's own"
         lines += [f"## {task}", "", f"{whole.metric_name} on the test part; {length}.", ""]
-        lines += [HEAD, "|---|--:|--:|--:|---|--:|---|"]
-        lines += [str(row) for row in rows if row.pair.task == task and row.seeds]
+        found = [str(row) for row in rows if row.pair.task == task and row.seeds]
+        lines += [HEAD, "|---|--:|--:|--:|---|--:|---|", *found] if found else ["Nothing was run."]
         left = [row.pair.name for row in rows if row.pair.task == task and not row.seeds]
         off = [f"{name} ({change.off[task]})" for name, change in CHANGES.items() if task in change.off]
         lines += ["", f"Not run: {', '.join(left)}."] if left else []
-        lines += ["", f"Do not apply: {'; '.join(off)}.", ""]
-    return "\n".join(lines)
+        lines += ["", f"Do not apply: {'; '.join(off)}."] if off else []
+        lines += [""]
+    return "\n".join([*lines, *(f"`{name}`: {why}." for name, why in ELSEWHERE.items())])
 
 
 def _asked() -> argparse.Namespace:
