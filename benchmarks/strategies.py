@@ -6,8 +6,8 @@ Both are trained equally long, on the same split of the data, from the same firs
 of samples: such pairs are made for seeds 0, 1, … Every training that has ended is a line in
 FOLDER/curves.jsonl, on disk before the next begins, with validations along the way: after a stop the same
 command goes on, and at most one training is lost. A line counts for the very recipe it was trained by, and
-for no other. `--seeds 0` trains nothing, and shows what is there. Numbers are those of the test part, which
-chose nothing.
+for no other; of the code it knows nothing, so take a new FOLDER when that has changed. `--seeds 0` trains
+nothing, and shows what is there. Numbers are those of the test part, which chose nothing.
 """
 
 from __future__ import annotations
