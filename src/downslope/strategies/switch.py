@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import fmean, stdev
 from typing import Any, ClassVar
 
@@ -15,7 +15,6 @@ from downslope.admission import admit
 from downslope.augment import EarlyStopping
 from downslope.errors import BadInput, nearest, under
 from downslope.rules import Chain
-from downslope.rules.classic import momentum
 from downslope.schedule import Duration, Schedule, duration, in_steps
 from downslope.strategies.chain import carried, numbers_of, parsed, staged, tables
 from downslope.strategies.kept import Kept
@@ -44,7 +43,7 @@ class switch(Strategy):
     unfair: ClassVar[str] = "its cooldown branches follow the first rule's rate"
 
     at: Any = "50 %"
-    to: Any = momentum
+    to: Any = field(default_factory=lambda: [{"part": "momentum"}])
     match: str | None = None
     rewarm: Duration = 0
     guard: Duration = 0
