@@ -20,10 +20,10 @@ from downslope.race.record import Trial
 JUDGES, TRUTHS = range(3), range(10, 14)
 
 
-def trained(task: ds.Task, trial: Trial, seed: int, part: Fraction) -> ds.TrainState | None:
+def trained(task: ds.Task, trial: Trial, seed: int, part: Fraction) -> ds.Training | None:
     """The trial at this part of its training, cooled down; None if it diverged."""
     stop, end = trial.length.rung(part)
-    state = ds.TrainState(task, ds.Recipe.parse(trial.recipe), seed)
+    state = ds.Training(task, ds.Recipe.parse(trial.recipe), seed)
     state.optimizer.follow(
         "lr", ds.Schedule.from_data(trial.trunk).cooldown(stop, max(1, end - stop), trial.end)
     )

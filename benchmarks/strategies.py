@@ -32,7 +32,7 @@ from downslope.errors import BadInput, nearest
 from downslope.journal import Journal, read
 from downslope.race.statistics import Difference, paired
 from downslope.rules import Part
-from downslope.train import TrainState
+from downslope.train import Training
 
 TASKS: Mapping[str, str | None] = {
     "digits-cnn": None,
@@ -224,7 +224,7 @@ class Pair:
 
 def trained(pair: Pair, seed: int) -> dict[str, Any]:
     """One training as plain data: validations along the way, and what it ended with, or why it failed."""
-    state = TrainState(cached(pair.task, seed), pair.ours, seed=seed, threads=1)
+    state = Training(cached(pair.task, seed), pair.ours, seed=seed, threads=1)
     curve = []
     try:
         for point in range(1, POINTS + 1):
@@ -242,7 +242,7 @@ PARTS = ("valid", "test")
 def cost(pair: Pair, blocks: int = 11, steps: int = 8) -> float:
     """CPU time of a step over that of a step without the change: the median of blocks taken in turn."""
     task = cached(pair.task)
-    both = [TrainState(task, one.ours, threads=1) for one in (pair, pair.theirs)]
+    both = [Training(task, one.ours, threads=1) for one in (pair, pair.theirs)]
     ratios = []
     for _ in range(blocks):
         ours, theirs = (_seconds(state, steps) for state in both)
@@ -250,7 +250,7 @@ def cost(pair: Pair, blocks: int = 11, steps: int = 8) -> float:
     return statistics.median(ratios[1:])  # the first block compiles
 
 
-def _seconds(state: TrainState, steps: int) -> float:
+def _seconds(state: Training, steps: int) -> float:
     start = time.process_time()
     state.advance(state.step + steps)
     return time.process_time() - start

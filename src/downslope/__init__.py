@@ -141,7 +141,7 @@ from downslope.schedule import (
     wsd,
 )
 from downslope.tasks import Player, Task, accuracy, cross_entropy, squared_error, task, tasks
-from downslope.train import Diverged, Proof, Run, TrainState, losses, resume, train, verify_resume
+from downslope.train import Diverged, Proof, Run, Training, losses, resume, train, verify_resume
 from downslope.version import __version__
 
 __all__ = [
@@ -210,7 +210,7 @@ __all__ = [
     "Teachers",
     "TextbookMomentum",
     "TopK",
-    "TrainState",
+    "Training",
     "UserCodeError",
     "Yogi",
     "__version__",

@@ -17,8 +17,8 @@ def test_the_winner_is_not_worse_than_adamw_at_its_default(tmp_path: Path) -> No
     task = ds.task("digits-cnn")
     default = baseline(task.recipe).recipe
 
-    def trained(recipe: ds.Recipe) -> list[ds.TrainState]:
-        states = [ds.TrainState(task, recipe, seed, threads=1) for seed in range(1000, 1010)]
+    def trained(recipe: ds.Recipe) -> list[ds.Training]:
+        states = [ds.Training(task, recipe, seed, threads=1) for seed in range(1000, 1010)]
         for state in states:
             state.advance()
         return states

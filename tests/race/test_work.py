@@ -13,7 +13,7 @@ from downslope.race.planning import Request, planned
 from downslope.race.record import Job, Record
 from downslope.race.work import Bench, Work
 from downslope.tasks import task
-from downslope.train import TrainState
+from downslope.train import Training
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def do(bench, record, job, until=None):
 
 def full(bench, record, trial, seed=0):
     """The trial's recipe trained as it stands, in one go."""
-    state = TrainState(bench.task, ds.Recipe.parse(record.trials[trial].recipe), seed)
+    state = Training(bench.task, ds.Recipe.parse(record.trials[trial].recipe), seed)
     state.advance()
     return state
 
@@ -90,7 +90,7 @@ def test_judging_leaves_the_trunk_as_it_was(bench, record):
     job = Job(0, None, 1)
     do(bench, record, job)
     held = record.newest[1, None, "trunk"]
-    state = TrainState.load(bench.trials / "trial-001" / held["checkpoint"], bench.task, sha=held["sha"])
+    state = Training.load(bench.trials / "trial-001" / held["checkpoint"], bench.task, sha=held["sha"])
     assert state.step == held["end"]
     assert state.optimizer.param_groups[0]["lr"] == record.trials[1].lr
     assert assignment(record, Job(1, None, 1))["start"]["checkpoint"] == held["checkpoint"]
@@ -102,7 +102,7 @@ def test_curves_are_sampled_and_true(bench, record):
     assert steps == list(range(40))
     seconds = [second for m in segments for second in m["curve"]["seconds"]]
     assert seconds == sorted(seconds)
-    state = TrainState(bench.task, ds.Recipe.parse(record.trials[1].recipe), 1)
+    state = Training(bench.task, ds.Recipe.parse(record.trials[1].recipe), 1)
     losses = []
     state.advance(None, lambda attempt: losses.append(float(attempt.loss)))
     assert losses == [loss for m in segments for loss in m["curve"]["loss"]]

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 import downslope as ds
 from downslope import strategies as st
-from downslope.train import Diverged, TrainState, order
+from downslope.train import Diverged, Training, order
 
 STEPS, ITEMS = 12, problem.ITEMS
 
 
-def after(task: ds.Task, *strategies: Any, **changes: Any) -> TrainState:
-    state = TrainState(task, problem.recipe(*strategies, steps=STEPS, **changes), seed=1)
+def after(task: ds.Task, *strategies: Any, **changes: Any) -> Training:
+    state = Training(task, problem.recipe(*strategies, steps=STEPS, **changes), seed=1)
     state.advance()
     return state
 
@@ -28,7 +28,7 @@ def apart(one: nn.Module, other: nn.Module) -> float:
     return max(float((a - b).abs().max()) for a, b in pairs)
 
 
-def same_bits(one: TrainState, other: TrainState) -> bool:
+def same_bits(one: Training, other: Training) -> bool:
     mine, theirs = one.model.state_dict(), other.model.state_dict()
     return all(torch.equal(mine[name], theirs[name]) for name in mine)
 
@@ -43,7 +43,7 @@ def test_pieces_add_up_to_the_batch_and_clip_decay_and_step_count_once(items: in
     chain = ds.chain(ds.clip_norm(0.1), ds.adamw(lr=0.01, weight_decay=0.1))
     state = after(task, st.micro(items=items), chain=chain)
 
-    begun = TrainState(task, problem.recipe(steps=STEPS), seed=1).model
+    begun = Training(task, problem.recipe(steps=STEPS), seed=1).model
     optimizer = torch.optim.AdamW(begun.parameters(), lr=0.01, weight_decay=0.1)
     for step in range(STEPS):
         epoch, place = divmod(step, len(task.train[0]) // ITEMS)
@@ -62,7 +62,7 @@ def test_pieces_add_up_to_the_batch_and_clip_decay_and_step_count_once(items: in
 def test_the_loss_that_is_told_is_that_of_the_whole_batch() -> None:
     seen: dict[int, list[float]] = {7: [], 16: []}
     for items, losses in seen.items():
-        state = TrainState(problem.plain(), problem.recipe(st.micro(items=items)), seed=1)
+        state = Training(problem.plain(), problem.recipe(st.micro(items=items)), seed=1)
         state.advance(6, lambda attempt, losses=losses: losses.append(float(attempt.loss)))  # type: ignore[misc]
     assert np.allclose(seen[7], seen[16], rtol=0, atol=1e-12)
 
@@ -79,9 +79,7 @@ def test_a_piece_that_is_not_finite_skips_the_whole_update() -> None:
         bad = model.training and len(batch[0]) == 2  # the last piece of 16 in sevens
         return ds.cross_entropy(model, batch) * (torch.nan if bad else 1.0)
 
-    state = TrainState(
-        problem.plain(loss=loss, metric=ds.accuracy), problem.recipe(st.micro(items=7)), seed=1
-    )
+    state = Training(problem.plain(loss=loss, metric=ds.accuracy), problem.recipe(st.micro(items=7)), seed=1)
     before = {name: value.clone() for name, value in state.model.state_dict().items()}
     with pytest.raises(Diverged):
         state.advance()
@@ -123,7 +121,7 @@ def test_a_smoothed_training_is_that_of_torchs_smoothed_loss() -> None:
 
 
 def test_validations_are_neither_mixed_nor_smoothed() -> None:
-    state, bare = (TrainState(problem.plain(), problem.recipe(*some), seed=1) for some in ([st.mix()], []))
+    state, bare = (Training(problem.plain(), problem.recipe(*some), seed=1) for some in ([st.mix()], []))
     assert state.evaluate() == bare.evaluate()
 
 

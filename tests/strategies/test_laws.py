@@ -19,7 +19,7 @@ from downslope import strategies as st
 from downslope.errors import BadInput
 from downslope.journal import read
 from downslope.strategies import STRATEGIES, Strategy
-from downslope.train import TrainState, history
+from downslope.train import Training, history
 
 Make = Callable[[Path], Strategy]
 STEPS, HALF = 24, 11
@@ -174,7 +174,7 @@ def company(make: Make, folder: Path, under: str) -> list[Strategy]:
     return [strategy] if under == "alone" or strategy.name == "micro" else [strategy, st.micro(items=6)]
 
 
-def unequal(one: TrainState, other: TrainState) -> list[str]:
+def unequal(one: Training, other: Training) -> list[str]:
     mine, theirs = one.fields(), other.fields()
     return [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
 
@@ -186,11 +186,11 @@ def test_saved_and_loaded_it_goes_on_to_the_bit(make: Make, under: str, runs: Pa
     resumes(problem.residual(), recipe, tmp_path)
 
 
-def resumes(task: ds.Task, recipe: ds.Recipe, folder: Path) -> TrainState:
-    straight, stopped = (TrainState(task, recipe, seed=1) for _ in range(2))
+def resumes(task: ds.Task, recipe: ds.Recipe, folder: Path) -> Training:
+    straight, stopped = (Training(task, recipe, seed=1) for _ in range(2))
     straight.advance()
     stopped.advance(HALF)
-    resumed = TrainState.load(folder / "half", task, recipe, stopped.save(folder / "half"))
+    resumed = Training.load(folder / "half", task, recipe, stopped.save(folder / "half"))
     assert not unequal(stopped, resumed)
     assert resumed.evaluate() == stopped.evaluate()
     resumed.advance()
@@ -222,14 +222,14 @@ def test_all_of_them_together_too(tmp_path: Path) -> None:
 
 
 def test_every_part_of_a_run_is_saved_by_a_strategy_that_has_any(tmp_path: Path) -> None:
-    state = TrainState(problem.residual(), problem.recipe(*ALL), seed=1)
+    state = Training(problem.residual(), problem.recipe(*ALL), seed=1)
     state.advance(HALF)
     names = {name.split("/")[0] for name in state.company.tensors()} | state.company.data().keys()
     assert names == {"average", "stop"}
     assert {file.name for file in saved(state, tmp_path)} >= {"strategies.safetensors"}
 
 
-def saved(state: TrainState, folder: Path) -> Iterator[Path]:
+def saved(state: Training, folder: Path) -> Iterator[Path]:
     state.save(folder / "x")
     return (folder / "x").iterdir()
 
@@ -299,7 +299,7 @@ def test_a_run_that_is_killed_ends_as_one_that_was_not(tmp_path: Path) -> None:
 def test_an_average_beside_a_rule_that_averages_is_refused() -> None:
     recipe = ds.Recipe(ds.schedule_free_adamw(), 10, 16, strategies=[st.average()])
     with pytest.raises(BadInput, match=r"schedule_free_adamw has evaluation weights of its own.*\[average\]"):
-        TrainState(problem.residual(), recipe)
+        Training(problem.residual(), recipe)
 
 
 def test_what_a_model_does_not_have_is_named() -> None:
@@ -310,7 +310,7 @@ def test_what_a_model_does_not_have_is_named() -> None:
         (st.freeze(until={"lo.*": 3}), "'lo.*'"),
     ]:
         with pytest.raises(BadInput, match=re.escape(said)):
-            TrainState(problem.plain(), problem.recipe(strategy))
+            Training(problem.plain(), problem.recipe(strategy))
 
 
 def test_targets_that_name_no_classes_cannot_be_mixed_or_smoothed() -> None:
@@ -320,5 +320,5 @@ def test_targets_that_name_no_classes_cannot_be_mixed_or_smoothed() -> None:
     }
     task = problem.plain(**made, loss=ds.squared_error, metric=None)
     with pytest.raises(BadInput, match=r"\[smoothing\] needs classes="):
-        TrainState(task, problem.recipe(st.smoothing()))
-    TrainState(task, problem.recipe(st.mix())).advance(2)  # a regression can be mixed
+        Training(task, problem.recipe(st.smoothing()))
+    Training(task, problem.recipe(st.mix())).advance(2)  # a regression can be mixed

@@ -12,7 +12,7 @@ import downslope as ds
 from downslope import strategies as st
 from downslope.errors import BadInput
 from downslope.schedule import Schedule
-from downslope.train import Attempt, TrainState, order
+from downslope.train import Attempt, Training, order
 
 STEPS = 12
 RATE = ds.cosine(0.1, steps="100 %", warmup="25 %")
@@ -27,8 +27,8 @@ def equal(one: nn.Module, other: nn.Module) -> bool:
     return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-def after(task: ds.Task, *strategies: Any, on_step: Any = None, **changes: Any) -> TrainState:
-    state = TrainState(task, problem.recipe(*strategies, steps=STEPS, **changes), seed=1)
+def after(task: ds.Task, *strategies: Any, on_step: Any = None, **changes: Any) -> Training:
+    state = Training(task, problem.recipe(*strategies, steps=STEPS, **changes), seed=1)
     state.advance(on_step=on_step)
     return state
 
@@ -50,7 +50,7 @@ def test_updates_keep_their_ratio_under_a_schedule_and_in_a_branch(
 ) -> None:
     """Of plain gradient descent: the update is minus the rate, the multiplier and the gradient."""
     chain = ds.chain(ds.sgd(lr=RATE))
-    state = TrainState(problem.plain(), problem.recipe(strategy, steps=STEPS, chain=chain), seed=1)
+    state = Training(problem.plain(), problem.recipe(strategy, steps=STEPS, chain=chain), seed=1)
     schedule = RATE.resolve(run_steps=STEPS)
     if branched:
         schedule = ds.linear(0.3, STEPS, end=0.1)
@@ -100,7 +100,7 @@ def test_what_is_frozen_keeps_its_bits_and_starts_adam_anew(
     """Adam's first update, m = (1 − β₁)g/(1 − β₁) and v likewise, is lr·g/(|g| + ε)."""
     chain = ds.chain(ds.adam(lr=RATE, eps=1e-3))
     recipe = problem.recipe(strategy, *[st.micro(items=5)] * pieces, steps=STEPS, chain=chain)
-    state, schedule = TrainState(problem.plain(), recipe, seed=1), RATE.resolve(run_steps=STEPS)
+    state, schedule = Training(problem.plain(), recipe, seed=1), RATE.resolve(run_steps=STEPS)
     begun = copied(state.model)
     first = {name: dates.get(name, dates[name.split(".")[0]]) for name in begun}
 
@@ -158,9 +158,9 @@ def everything(model: nn.Module) -> None:
 )
 def test_first_weights_are_those_of_the_functions(strategy: st.start, write: Any) -> None:
     """The draws come from the training's generator, where the model's own came from."""
-    state = TrainState(problem.residual(), problem.recipe(strategy), seed=1)
-    assert equal(state.model, TrainState(by_hand(write), problem.recipe(), seed=1).model)
-    assert not equal(state.model, TrainState(problem.residual(), problem.recipe(), seed=1).model)
+    state = Training(problem.residual(), problem.recipe(strategy), seed=1)
+    assert equal(state.model, Training(by_hand(write), problem.recipe(), seed=1).model)
+    assert not equal(state.model, Training(problem.residual(), problem.recipe(), seed=1).model)
 
 
 def test_lsuv_keeps_the_method_that_it_scales() -> None:
@@ -168,7 +168,7 @@ def test_lsuv_keeps_the_method_that_it_scales() -> None:
 
     def spread(method: str) -> float:
         recipe = problem.recipe(st.start(method=method, lsuv=True))
-        weight = TrainState(problem.residual(), recipe, seed=1).model.stem.weight.detach()
+        weight = Training(problem.residual(), recipe, seed=1).model.stem.weight.detach()
         values = torch.linalg.svdvals(weight)
         return float(values.max() / values.min())
 
@@ -198,7 +198,7 @@ def test_another_normalisation_is_that_of_the_function(strategy: st.normalisatio
 
 
 def test_frozen_statistics_stay_and_are_used() -> None:
-    state = TrainState(problem.residual(), problem.recipe(st.normalisation(to="frozen")), seed=1)
+    state = Training(problem.residual(), problem.recipe(st.normalisation(to="frozen")), seed=1)
     before = copied(state.model)
     state.advance()
     for name, value in state.model.state_dict().items():
@@ -226,7 +226,7 @@ def test_dropout_is_at_each_update_what_its_schedule_says(rate: float | Schedule
         held.append({module.p for module in model.modules() if isinstance(module, nn.Dropout)})
         return ds.cross_entropy(model, batch)
 
-    state = TrainState(
+    state = Training(
         problem.residual(loss=loss, metric=ds.accuracy),
         problem.recipe(st.dropout(rate=rate), steps=STEPS),
         seed=1,
@@ -260,7 +260,7 @@ def test_a_branch_that_is_always_left_out_leaves_the_trunk() -> None:
     """With rates 1/2 and 1: in training the second branch is gone for good, and learns nothing."""
     strategy = st.depth(branches=("blocks.0.branch", "blocks.1.branch"), rate=1.0)
     chain = ds.chain(ds.sgd(lr=0.1))
-    state = TrainState(problem.residual(), problem.recipe(strategy, steps=STEPS, chain=chain), seed=1)
+    state = Training(problem.residual(), problem.recipe(strategy, steps=STEPS, chain=chain), seed=1)
     before = copied(state.model)
     state.advance()
     now = state.model.state_dict()

@@ -17,7 +17,7 @@ from torch import nn
 import downslope as ds
 from downslope import strategies as st
 from downslope.errors import BadInput
-from downslope.train import TrainState
+from downslope.train import Training
 
 ITEMS, STEPS, AT = 40, 20, 8
 
@@ -111,11 +111,11 @@ def handed_over(old: str, new: str, slots: dict[str, Any]) -> dict[str, Any]:
     return {"m": mean} if new == "lion" else {"v": mean / 0.2}
 
 
-def weights(state: TrainState) -> np.ndarray:
+def weights(state: Training) -> np.ndarray:
     return torch.cat([p.detach().flatten() for p in state.model.parameters()]).numpy().copy()
 
 
-def trail(state: TrainState) -> list[np.ndarray]:
+def trail(state: Training) -> list[np.ndarray]:
     found: list[np.ndarray] = []
     state.advance(on_step=lambda _: found.append(weights(state)))
     return found
@@ -136,7 +136,7 @@ def test_both_halves_are_what_numpy_makes_of_the_two_rules(
     """
     to = PARTS[new](lr=ds.linear(RATES[new], steps="100 %"))
     made = recipe(PARTS[old](lr=RATES[old]), to, match=match, rewarm=rewarm)
-    found = trail(TrainState(squares(), made))
+    found = trail(Training(squares(), made))
     judge, expected = Judge(), []
     for _ in range(AT):
         last = judge.step(old, RATES[old])
@@ -157,7 +157,7 @@ def test_the_first_new_update_is_as_long_as_the_last_old_one_for_any_rule() -> N
     """Also where state and step are not linear in the rate; for muon's matrices and over several groups."""
     for name in ("schedule_free_sgd", "momentum_textbook", "adafactor", "lars", "dog"):
         made = problem.recipe(st.rates(decay=0.5), st.switch(at=AT, to=ds.rules()[name]()))
-        state = TrainState(problem.plain(), made, seed=3)
+        state = Training(problem.plain(), made, seed=3)
         at = [weights(state)]
         state.advance(AT + 1, lambda _, at=at, state=state: at.append(weights(state)))
         old, new = (np.linalg.norm(at[i + 1] - at[i]) for i in (AT - 1, AT))
@@ -181,7 +181,7 @@ def test_swats_switches_when_and_to_what_its_algorithm_says() -> None:
             break
     assert 2 < k < STEPS - 3, "the case says something"
     made = recipe(ds.adam(lr=0.05), PARTS["momentum"](lr=0.7), at="swats", tolerance=tolerance)
-    state = TrainState(squares(), made)
+    state = Training(squares(), made)
     state.advance()
     live = state.company.lives["switch"]
     assert live.data()["at"] == k
@@ -193,7 +193,7 @@ def test_swats_switches_when_and_to_what_its_algorithm_says() -> None:
 
 
 def test_with_the_papers_tolerance_it_waits() -> None:
-    state = TrainState(squares(), recipe(ds.adam(lr=0.05), ds.sgd(lr=0.1), at="swats"))
+    state = Training(squares(), recipe(ds.adam(lr=0.05), ds.sgd(lr=0.1), at="swats"))
     state.advance()
     assert state.company.lives["switch"].data()["at"] is None
     assert state.optimizer.chain.name == "rest: adam"
@@ -205,7 +205,7 @@ def test_with_the_papers_tolerance_it_waits() -> None:
 def test_on_a_plateau_the_next_update_is_the_last_of_the_old_rule() -> None:
     """A rate of 0 makes every validation after the first no better: patience 3, every second update."""
     made = recipe(ds.adam(lr=0.0), ds.sgd(lr=0.01), at="plateau", patience=3, match="none")
-    state = TrainState(squares(), made)
+    state = Training(squares(), made)
     found = trail(state)
     assert state.company.lives["switch"].data()["at"] == 2 * 4 + 1
     assert (found[8] == found[0]).all()
@@ -223,10 +223,10 @@ def test_on_a_plateau_the_next_update_is_the_last_of_the_old_rule() -> None:
 def test_a_rate_that_is_too_high_goes_back_to_the_bit(rate: float, returned: int, then: str) -> None:
     """Weights and the whole state are those before the switch, whose rule goes on at the run's step."""
     plain = replace(recipe(ds.adam(lr=ds.linear(0.05, STEPS)), ds.sgd()), strategies={})
-    before = TrainState(squares(), plain)
+    before = Training(squares(), plain)
     before.advance(AT)
     bad = st.switch(at=AT, to=ds.sgd(lr=rate), match="none", guard=4)
-    state = TrainState(squares(), replace(plain, strategies=[bad]))
+    state = Training(squares(), replace(plain, strategies=[bad]))
     state.advance(AT + 2)
     assert state.optimizer.chain.name == then
     state.advance(AT + 4)
@@ -251,7 +251,7 @@ def test_a_rate_that_is_too_high_goes_back_to_the_bit(rate: float, returned: int
 
 
 def test_a_switch_that_goes_well_stays() -> None:
-    state = TrainState(squares(), recipe(ds.adam(lr=0.05), ds.sgd(lr=0.05), guard=4))
+    state = Training(squares(), recipe(ds.adam(lr=0.05), ds.sgd(lr=0.05), guard=4))
     state.advance()
     assert state.optimizer.chain.name == "sgd"
     assert state.company.lives["switch"].data()["returned"] is None
@@ -275,14 +275,14 @@ def test_it_goes_on_to_the_bit_from_every_step(more: dict[str, Any], tmp_path: P
     given = {"at": AT, "to": ds.momentum(lr=0.01), **more}
     made = problem.recipe(st.micro(items=6), st.average(decay=0.8), st.switch(**given), steps=STEPS)
     made = replace(made.with_(lr=0.3 if given["at"] == "plateau" else 3e-3), observe=2)
-    straight = TrainState(problem.residual(), made, seed=2)
+    straight = Training(problem.residual(), made, seed=2)
     straight.advance()
     assert straight.company.lives["switch"].data()["at"] is not None
-    stopped = TrainState(problem.residual(), made, seed=2)
+    stopped = Training(problem.residual(), made, seed=2)
     for step in range(1, STEPS):
         stopped.advance(step)
         sha = stopped.save(tmp_path / str(step))
-        stopped = TrainState.load(tmp_path / str(step), problem.residual(), made, sha)
+        stopped = Training.load(tmp_path / str(step), problem.residual(), made, sha)
     stopped.advance()
     assert not unequal(straight, stopped)
 
@@ -300,7 +300,7 @@ def test_groups_keep_their_share_of_the_rate_and_their_own_numbers() -> None:
             st.switch(at=AT, to=ds.lion(lr=ds.linear(0.004, "100 %"), weight_decay=0.3), match="none")
         ],
     )
-    state = TrainState(problem.plain(), made)
+    state = Training(problem.plain(), made)
     state.advance(AT)
     found = {group["role"]: (group["lr"], group["weight_decay"]) for group in state.optimizer.param_groups}
     assert found == {"rest": (0.004, 0.3), "bias": (0.008, 0.0)}
@@ -312,9 +312,9 @@ def test_groups_keep_their_share_of_the_rate_and_their_own_numbers() -> None:
 
 def test_an_averaging_rule_hands_over_the_weights_that_it_evaluates() -> None:
     old = ds.schedule_free_sgd(lr=0.1)
-    alone = TrainState(squares(), replace(recipe(old, ds.sgd()), strategies={}))
+    alone = Training(squares(), replace(recipe(old, ds.sgd()), strategies={}))
     alone.advance(AT)
-    state = TrainState(squares(), recipe(old, ds.sgd(lr=0.01), match="none"))
+    state = Training(squares(), recipe(old, ds.sgd(lr=0.01), match="none"))
     state.advance(AT)
     with alone.optimizer.averaged():
         assert (weights(state) == weights(alone)).all()
@@ -327,7 +327,7 @@ def test_a_link_that_stands_in_both_goes_on() -> None:
     made = recipe(
         ds.chain(clip_history(settle=3), ds.adam(lr=0.05)), ds.chain(clip_history(settle=3), ds.sgd(lr=0.01))
     )
-    state = TrainState(squares(), made)
+    state = Training(squares(), made)
     state.advance()
     for slots in state.optimizer.state.values():
         assert slots["norms"] == STEPS
@@ -355,9 +355,9 @@ def test_what_makes_no_sense_is_said(given: dict[str, Any], said: str) -> None:
 
 def test_what_the_training_cannot_do_is_said_before_it_begins() -> None:
     with pytest.raises(BadInput, match=r"\[switch\] at = 20 is update 20 of a training of 20"):
-        TrainState(squares(), recipe(ds.adam(), ds.sgd(), at=STEPS))
+        Training(squares(), recipe(ds.adam(), ds.sgd(), at=STEPS))
     with pytest.raises(BadInput, match="muon takes matrices"):
-        TrainState(squares(), recipe(ds.adam(), ds.muon()))
+        Training(squares(), recipe(ds.adam(), ds.muon()))
     with pytest.raises(BadInput, match=r"schedule_free_sgd has evaluation weights.*\[average\]"):
         problem.recipe(st.average(), st.switch(at=5, to=ds.schedule_free_sgd()))
-    assert math.isfinite(TrainState(squares(), recipe(ds.adam(), ds.sgd())).evaluate().loss)
+    assert math.isfinite(Training(squares(), recipe(ds.adam(), ds.sgd())).evaluate().loss)

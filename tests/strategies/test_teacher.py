@@ -17,10 +17,10 @@ from downslope.errors import BadInput, UserCodeError
 from downslope.recipe import Recipe
 from downslope.strategies import average, micro, mix, smoothing, teacher
 from downslope.tasks import task
-from downslope.train import TrainState, order
+from downslope.train import Training, order
 
 STEPS, ITEMS = 6, 16
-STATE = importlib.import_module("downslope.train.state")  # `downslope.train` is a function, too
+STATE = importlib.import_module("downslope.train.training")  # `downslope.train` is a function, too
 Kind = Callable[..., teacher]
 
 
@@ -68,7 +68,7 @@ def taught(monkeypatch: pytest.MonkeyPatch) -> dict[str, Net]:
     return models
 
 
-def trained(state: TrainState) -> tuple[list[float], dict[str, Tensor]]:
+def trained(state: Training) -> tuple[list[float], dict[str, Tensor]]:
     losses: list[float] = []
     state.advance(on_step=lambda attempt: losses.append(float(attempt.loss)))
     return losses, {name: value.clone() for name, value in state.model.state_dict().items()}
@@ -125,7 +125,7 @@ def test_it_is_hintons_loss_in_pieces_too(taught: dict[str, Net], pieces: int) -
         )
 
     asked = recipe(teacher(run="one", temperature=3.0, alpha=0.7), micro(items=pieces))
-    equal(trained(TrainState(plain(), asked, seed=3)), followed(loss, pieces))
+    equal(trained(Training(plain(), asked, seed=3)), followed(loss, pieces))
 
 
 def test_alpha_and_temperature_follow_schedules_beside_smoothed_targets(taught: dict[str, Net]) -> None:
@@ -138,7 +138,7 @@ def test_alpha_and_temperature_follow_schedules_beside_smoothed_targets(taught: 
     falling = ds.linear(0.9, steps="100 %")
     rising = ds.linear(1.0, steps=6, end=4.0)
     asked = recipe(teacher(run="one", temperature=rising, alpha=falling), smoothing(share=0.375))
-    equal(trained(TrainState(plain(), asked, seed=3)), followed(loss))
+    equal(trained(Training(plain(), asked, seed=3)), followed(loss))
 
 
 def test_several_teach_by_the_weighted_mean_of_their_probabilities(taught: dict[str, Net]) -> None:
@@ -148,12 +148,12 @@ def test_several_teach_by_the_weighted_mean_of_their_probabilities(taught: dict[
         return 0.5 * functional.cross_entropy(logits, y) + 0.5 * soft(logits, mean, 2.0)
 
     asked = recipe(teacher(run=("one", "two"), weights=(3, 1), temperature=2.0))
-    equal(trained(TrainState(plain(), asked, seed=3)), followed(loss))
+    equal(trained(Training(plain(), asked, seed=3)), followed(loss))
 
 
 def test_a_regressor_between_widths_learns_by_an_adam_of_its_own(taught: dict[str, Net]) -> None:
     asked = recipe(teacher(run="one", method={"hints": 2.0}, layers=(("body", "body"),), rate=0.01))
-    state = TrainState(plain(), asked, seed=3)
+    state = Training(plain(), asked, seed=3)
     held = state.company.lives["teacher"].tensors()
     regressor = nn.Linear(4, 9).double()
     regressor.load_state_dict({key: held[f"regressor.body.{key}"].clone() for key in ("weight", "bias")})
@@ -180,8 +180,8 @@ def test_a_teacher_is_only_read_and_never_kept(
     taught: dict[str, Net], batchnorm: str, tmp_path: Path
 ) -> None:
     before = {name: value.clone() for name, value in taught["one"].state_dict().items()}
-    state = TrainState(plain(), recipe(teacher(run="one", batchnorm=batchnorm)), seed=3)
-    alone = TrainState(plain(), recipe(), seed=3)
+    state = Training(plain(), recipe(teacher(run="one", batchnorm=batchnorm)), seed=3)
+    alone = Training(plain(), recipe(), seed=3)
     for one in (state, alone):
         one.advance()
     assert all(torch.equal(value, before[name]) for name, value in taught["one"].state_dict().items())
@@ -208,7 +208,7 @@ def test_a_student_draws_what_it_would_draw_alone(taught: dict[str, Net]) -> Non
     features = teacher(
         run="one", alpha=0.0, method={"logits": 1.0, "hints": 1.0}, layers=(("first", "body"),)
     )
-    alone, beside = (TrainState(noisy(), asked.with_(strategies=kinds), seed=3) for kinds in ([], [features]))
+    alone, beside = (Training(noisy(), asked.with_(strategies=kinds), seed=3) for kinds in ([], [features]))
     assert trained(alone)[0] == trained(beside)[0]
     mine, theirs = alone.fields(), beside.fields()
     assert {name: text for name, text in theirs.items() if not name.startswith("strategy")} == mine
@@ -216,7 +216,7 @@ def test_a_student_draws_what_it_would_draw_alone(taught: dict[str, Net]) -> Non
 
 def test_statistics_of_the_batch_are_another_teacher_than_those_that_run(taught: dict[str, Net]) -> None:
     losses = [
-        trained(TrainState(plain(), recipe(teacher(run="one", batchnorm=kind)), seed=3))[0]
+        trained(Training(plain(), recipe(teacher(run="one", batchnorm=kind)), seed=3))[0]
         for kind in ("eval", "train")
     ]
     assert losses[0] != losses[1]
@@ -246,22 +246,22 @@ def test_stopped_in_the_middle_it_goes_on_to_the_bit(
 ) -> None:
     asked = recipe(*COMBINED[name], rule=ds.adamw(lr=1e-2))
     assert Recipe.parse(asked.text()) == asked
-    straight, stopped = (TrainState(plain(), asked, seed=3) for _ in range(2))
+    straight, stopped = (Training(plain(), asked, seed=3) for _ in range(2))
     straight.advance()
     stopped.advance(3)
     sha = stopped.save(tmp_path / "half")
-    resumed = TrainState.load(tmp_path / "half", plain(), asked, sha)
+    resumed = Training.load(tmp_path / "half", plain(), asked, sha)
     assert resumed.fields() == stopped.fields()
     resumed.advance()
     assert resumed.fields() == straight.fields()
 
 
 def test_another_teacher_in_the_folder_is_refused_by_name(taught: dict[str, Net], tmp_path: Path) -> None:
-    state = TrainState(plain(), recipe(teacher(run=("one", "two"))))
+    state = Training(plain(), recipe(teacher(run=("one", "two"))))
     sha = state.save(tmp_path / "a")
     taught["two"].head.bias.data[0] += 1e-12
     with pytest.raises(BadInput, match="the teacher in two is not the one that this training began with"):
-        TrainState.load(tmp_path / "a", plain(), sha=sha)
+        Training.load(tmp_path / "a", plain(), sha=sha)
 
 
 def twice(model: nn.Module, batch: Any) -> Tensor:
@@ -270,7 +270,7 @@ def twice(model: nn.Module, batch: Any) -> Tensor:
 
 def test_a_loss_of_two_passes_is_refused(taught: dict[str, Net]) -> None:
     with pytest.raises(UserCodeError, match="runs the model once; it ran 2 times"):
-        TrainState(plain(loss=twice), recipe(teacher(run="one"))).advance(1)
+        Training(plain(loss=twice), recipe(teacher(run="one"))).advance(1)
 
 
 def test_a_teacher_of_other_inputs_or_classes_is_refused_before_anything_begins(
@@ -285,15 +285,15 @@ def test_a_teacher_of_other_inputs_or_classes_is_refused_before_anything_begins(
     ):
         monkeypatch.setattr(STATE, "trained", lambda _folder, model=model: model)
         with pytest.raises(BadInput, match=said):
-            TrainState(plain(), recipe(teacher(run="x")))
+            Training(plain(), recipe(teacher(run="x")))
 
 
 def test_regressors_do_not_follow_a_rule_that_asks_again(taught: dict[str, Net]) -> None:
     hints = teacher(run="one", method="hints", layers=(("body", "body"),))
     rule = ds.chain(ds.sam(rho=0.05), ds.sgd(lr=0.1))
     with pytest.raises(BadInput, match="steps the regressor behind 'body' once a batch"):
-        TrainState(plain(), Recipe(rule, STEPS, ITEMS, strategies=[hints]))
-    TrainState(plain(), Recipe(rule, STEPS, ITEMS, strategies=[teacher(run="one")])).advance(2)
+        Training(plain(), Recipe(rule, STEPS, ITEMS, strategies=[hints]))
+    Training(plain(), Recipe(rule, STEPS, ITEMS, strategies=[teacher(run="one")])).advance(2)
 
 
 @pytest.mark.parametrize(
@@ -358,7 +358,7 @@ def test_a_finished_run_teaches_the_next_generation_and_an_open_one_does_not(
     assert not Path("second").exists()
     first = ds.train("digits-cnn", asked.with_(strategies=[average()]), out="first", quiet=True)
     second = ds.train("digits-cnn", asked, out="second", quiet=True)
-    state = TrainState(task("digits-cnn"), asked)
+    state = Training(task("digits-cnn"), asked)
     live = state.company.lives["teacher"]
     inputs = task("digits-cnn").valid[0]
     torch.testing.assert_close(live.distillation.teacher.logits(inputs), first.model.eval()(inputs))  # type: ignore[attr-defined]
@@ -373,4 +373,4 @@ def test_a_finished_run_teaches_the_next_generation_and_an_open_one_does_not(
     ]
     journal.write_text("".join(lines))
     with pytest.raises(BadInput, match="first has not ended; go on with it by `downslope resume first`"):
-        TrainState(task("digits-cnn"), asked)
+        Training(task("digits-cnn"), asked)

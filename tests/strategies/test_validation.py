@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import downslope as ds
 from downslope import strategies as st
-from downslope.train import Attempt, Evaluation, TrainState, order
+from downslope.train import Attempt, Evaluation, Training, order
 
 STEPS, OBSERVE, ITEMS = 40, 4, problem.ITEMS
 Weights = dict[str, Tensor]
@@ -29,7 +29,7 @@ def equal(one: Weights, other: Weights) -> bool:
 # Averages
 
 
-def trail(state: TrainState, steps: int) -> list[Weights]:
+def trail(state: Training, steps: int) -> list[Weights]:
     """Train, and the weights after each update, in float64."""
     found: list[Weights] = []
     state.advance(steps, lambda _: found.append(copied(state.model, torch.float64)))
@@ -68,8 +68,8 @@ def polynomial(weights: Sequence[Tensor], eta: int) -> Tensor:
     ids=["ema", "ema-every", "swa", "tail", "polynomial"],
 )
 def test_evaluation_sees_the_average_and_training_does_not(strategy: st.Strategy, truth: Any) -> None:
-    state = TrainState(problem.plain(), problem.recipe(strategy, steps=STEPS), seed=1)
-    bare = TrainState(problem.plain(), problem.recipe(steps=STEPS), seed=1)
+    state = Training(problem.plain(), problem.recipe(strategy, steps=STEPS), seed=1)
+    bare = Training(problem.plain(), problem.recipe(steps=STEPS), seed=1)
     seen = trail(state, STEPS)
     bare.advance()
     live = copied(state.model)
@@ -91,7 +91,7 @@ def test_evaluation_sees_the_average_and_training_does_not(strategy: st.Strategy
 def test_batchnorms_statistics_are_measured_anew_for_the_averaged_weights() -> None:
     """NumPy's forward pass of the averaged model over the first 64 batches, which are not all there are."""
     batch = 2
-    state = TrainState(problem.residual(), problem.recipe(st.average(decay=0.8), batch_size=batch), seed=1)
+    state = Training(problem.residual(), problem.recipe(st.average(decay=0.8), batch_size=batch), seed=1)
     assert state.steps_per_epoch > 64
     seen = trail(state, 10)
     before = copied(state.model)
@@ -114,7 +114,7 @@ def test_batchnorms_statistics_are_measured_anew_for_the_averaged_weights() -> N
 
 @pytest.mark.parametrize("buffers", ["copy", "average"])
 def test_other_policies_take_the_statistics_that_there_are(buffers: str) -> None:
-    state = TrainState(problem.residual(), problem.recipe(st.average(decay=0.8, buffers=buffers)), seed=1)
+    state = Training(problem.residual(), problem.recipe(st.average(decay=0.8, buffers=buffers)), seed=1)
     seen = trail(state, 12)
     with state._evaluating():
         found = copied(state.model)
@@ -126,7 +126,7 @@ def test_other_policies_take_the_statistics_that_there_are(buffers: str) -> None
 
 def test_an_average_beside_pieces_is_that_of_updates_not_of_pieces() -> None:
     whole, pieces = (
-        TrainState(problem.plain(), problem.recipe(st.average(decay=0.8), *more), seed=1)
+        Training(problem.plain(), problem.recipe(st.average(decay=0.8), *more), seed=1)
         for more in ([], [st.micro(items=3)])
     )
     for state in (whole, pieces):
@@ -146,7 +146,7 @@ def turning(*strategies: Any, **changes: Any) -> ds.Recipe:
 
 def validations(recipe: ds.Recipe, upto: int) -> tuple[list[Evaluation], list[Weights]]:
     """Of the same training without stop: what was seen at each validation, and the weights."""
-    state = TrainState(problem.plain(), recipe.with_(strategies=()), seed=1)
+    state = Training(problem.plain(), recipe.with_(strategies=()), seed=1)
     seen, weights = [], []
     for step in range(OBSERVE, upto + 1, OBSERVE):
         state.advance(step)
@@ -194,7 +194,7 @@ def test_it_stops_where_a_count_over_the_validations_says(
 
 
 def test_it_is_done_where_it_stops_and_trains_no_further() -> None:
-    state = TrainState(problem.plain(), turning(st.stop(patience=2)), seed=1)
+    state = Training(problem.plain(), turning(st.stop(patience=2)), seed=1)
     state.advance()
     assert state.done
     assert state.step < state.steps
@@ -205,7 +205,7 @@ def test_it_is_done_where_it_stops_and_trains_no_further() -> None:
 
 
 def test_without_restore_the_last_weights_stay() -> None:
-    state = TrainState(problem.plain(), turning(st.stop(patience=2, restore=False)), seed=1)
+    state = Training(problem.plain(), turning(st.stop(patience=2, restore=False)), seed=1)
     state.advance()
     last = copied(state.model)
     assert not state.finish()
@@ -215,16 +215,16 @@ def test_without_restore_the_last_weights_stay() -> None:
 
 def test_it_goes_on_waiting_after_a_resume(tmp_path: Path) -> None:
     recipe = turning(st.stop(patience=4))
-    straight = TrainState(problem.plain(), recipe, seed=1)
+    straight = Training(problem.plain(), recipe, seed=1)
     straight.advance()
-    state = TrainState(problem.plain(), recipe, seed=1)
+    state = Training(problem.plain(), recipe, seed=1)
     state.advance(straight.step - 2 * OBSERVE + 1)
     assert state.company.data()["stop"]["wait"] == 2
-    resumed = TrainState.load(tmp_path / "x", problem.plain(), recipe, state.save(tmp_path / "x"))
+    resumed = Training.load(tmp_path / "x", problem.plain(), recipe, state.save(tmp_path / "x"))
     resumed.advance()
     assert resumed.done
     assert resumed.fields() == straight.fields()
-    finished = TrainState.load(tmp_path / "y", problem.plain(), recipe, resumed.save(tmp_path / "y"))
+    finished = Training.load(tmp_path / "y", problem.plain(), recipe, resumed.save(tmp_path / "y"))
     assert finished.done
     assert finished.finish()
     straight.finish()
@@ -232,7 +232,7 @@ def test_it_goes_on_waiting_after_a_resume(tmp_path: Path) -> None:
 
 
 def test_the_best_of_an_averaged_training_are_averaged_weights() -> None:
-    state = TrainState(problem.plain(), turning(st.average(decay=0.9), st.stop(patience=2)), seed=1)
+    state = Training(problem.plain(), turning(st.average(decay=0.9), st.stop(patience=2)), seed=1)
     losses: list[tuple[float, Weights]] = []
 
     def look(_: Attempt) -> None:
@@ -256,7 +256,7 @@ def plateaued(**changes: Any) -> ds.Recipe:
 
 
 def test_a_plateau_cuts_where_torchs_scheduler_would() -> None:
-    state = TrainState(problem.plain(), plateaued(), seed=1)
+    state = Training(problem.plain(), plateaued(), seed=1)
     rates: list[float | None] = []
     seen: list[float] = []
 
@@ -283,10 +283,10 @@ def test_a_plateau_cuts_where_torchs_scheduler_would() -> None:
 
 
 def test_a_plateau_goes_on_after_a_resume(tmp_path: Path) -> None:
-    straight, state = (TrainState(problem.plain(), plateaued(), seed=1) for _ in range(2))
+    straight, state = (Training(problem.plain(), plateaued(), seed=1) for _ in range(2))
     straight.advance()
     state.advance(41)
-    resumed = TrainState.load(tmp_path / "x", problem.plain(), sha=state.save(tmp_path / "x"))
+    resumed = Training.load(tmp_path / "x", problem.plain(), sha=state.save(tmp_path / "x"))
     resumed.advance()
     assert resumed.fields() == straight.fields()
 
@@ -305,5 +305,5 @@ def test_observe_says_how_often_and_nobody_validates_where_nobody_asks() -> None
         ([st.stop(patience=99)], "1 epoch", 2),
     ):
         calls.clear()
-        TrainState(task, problem.recipe(*strategies, observe=observe), seed=1).advance()
+        Training(task, problem.recipe(*strategies, observe=observe), seed=1).advance()
         assert calls.count(False) == expected, "24 updates, 12 an epoch; the validation part is one batch"

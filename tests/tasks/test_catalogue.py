@@ -11,7 +11,7 @@ from tasks.parts import columns
 import downslope as ds
 from downslope.errors import BadInput
 from downslope.tasks import Entry, Task, reopen, task, tasks
-from downslope.train import TrainState
+from downslope.train import Training
 
 FITS = {"diabetes-linear", "diabetes-lasso", "cancer-svm", "digits-factorisation"}
 AMBITIOUS = {"digits-mlp", "digits-cnn", "cancer-logistic"}  # their target is for a race to reach
@@ -64,16 +64,16 @@ def test_a_model_is_fresh_each_time_and_gives_a_finite_loss(built_in: Task) -> N
 
 
 def test_it_goes_on_to_the_bit(built_in: Task, tmp_path: Path) -> None:
-    straight, stopped = (TrainState(built_in, seed=5, threads=1) for _ in range(2))
+    straight, stopped = (Training(built_in, seed=5, threads=1) for _ in range(2))
     straight.advance(6)
     stopped.advance(3)
     sha = stopped.save(tmp_path / "half")
-    resumed = TrainState.load(tmp_path / "half", task(built_in.name), built_in.recipe, sha)
+    resumed = Training.load(tmp_path / "half", task(built_in.name), built_in.recipe, sha)
     resumed.advance(6)
     assert resumed.fields() == straight.fields()
 
 
-def reached(one: Task, state: TrainState) -> bool:
+def reached(one: Task, state: Training) -> bool:
     value = state.evaluate().metric
     assert one.target is not None
     return value >= one.target if one.higher_is_better else value <= one.target
@@ -83,11 +83,11 @@ def reached(one: Task, state: TrainState) -> bool:
 @pytest.mark.parametrize("name", sorted(tasks().keys() - AMBITIOUS))
 def test_it_reaches_its_target_by_its_own_recipe_and_not_by_a_bad_one(name: str) -> None:
     one = made(name)
-    state = TrainState(one, threads=1)
+    state = Training(one, threads=1)
     state.advance()
     assert reached(one, state)
     slow = ds.Recipe(ds.chain(ds.sgd(lr=1e-4)), one.recipe.steps, one.recipe.batch_size)
-    state = TrainState(one, slow, threads=1)
+    state = Training(one, slow, threads=1)
     state.advance()
     assert not reached(one, state)
 

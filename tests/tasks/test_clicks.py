@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from downslope.tasks import task
 from downslope.tasks.clicks import FIELDS, DeepFM, excess_log_loss, impressions, known_model, log_loss, pairs
-from downslope.train import TrainState
+from downslope.train import Training
 
 
 class Told(nn.Module):
@@ -62,7 +62,7 @@ def test_every_field_has_values_of_its_own_the_first_the_most_frequent() -> None
 def test_nothing_is_better_than_the_known_model_in_expectation() -> None:
     """The expectation over clicks, given the chances, is a Kullback-Leibler divergence."""
     one = task("clicks-deepfm")
-    state = TrainState(one, threads=1)
+    state = Training(one, threads=1)
     values, clicked, logit = columns(one.valid)
     chance = logit.double().sigmoid()
 
@@ -103,7 +103,7 @@ def test_deepfm_adds_a_machine_and_a_perceptron_on_the_same_factors() -> None:
 
 
 def test_only_the_rows_of_a_batch_move() -> None:
-    state = TrainState(task("clicks-deepfm"), threads=1)
+    state = Training(task("clicks-deepfm"), threads=1)
     before = {name: value.clone() for name, value in state.model.named_parameters()}
     state.advance(1)
     assert isinstance(state.model, DeepFM)

@@ -9,7 +9,7 @@ from torch import nn
 
 from downslope.tasks import task
 from downslope.tasks.digits import RANK, Residual, RowReader, resnet
-from downslope.train import TrainState
+from downslope.train import Training
 
 
 def test_the_residual_network_has_14_layers_and_a_norm_behind_every_convolution() -> None:
@@ -57,7 +57,7 @@ def test_the_lstm_sees_the_pictures_that_the_others_see() -> None:
 def test_the_factorisation_ends_at_the_truncated_svd() -> None:
     """The product is unique where the singular values differ, though its factors are not."""
     one = task("digits-factorisation")
-    state = TrainState(one, seed=1, threads=1)
+    state = Training(one, seed=1, threads=1)
     state.advance()
     pixels = load_digits().data / 16
     left, values, right = np.linalg.svd(pixels, full_matrices=False)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from downslope.tasks import task
 from downslope.tasks.gan import LATENT, Adversaries, deception, discrimination, told_apart
-from downslope.train import TrainState
+from downslope.train import Training
 
 
 class Fixed(nn.Module):
@@ -80,11 +80,11 @@ def test_the_metric_takes_the_same_noise_and_draws_nothing() -> None:
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_it_reaches_its_target_and_too_high_a_rate_misses_it(seed: int) -> None:
     one = task("digits-gan", seed)
-    state = TrainState(one, seed=seed, threads=1)
+    state = Training(one, seed=seed, threads=1)
     state.advance()
     assert one.target is not None
     assert state.evaluate("test").metric <= one.target
     high = one.recipe.with_(lr=0.1, players={})
-    state = TrainState(one, high, seed=seed, threads=1)
+    state = Training(one, high, seed=seed, threads=1)
     state.advance()
     assert state.evaluate("test").metric > one.target

@@ -13,7 +13,7 @@ from torch import nn
 
 from downslope.tasks import task
 from downslope.tasks.photo import CLUSTERS, Centres, Sine, quantisation_error, siren
-from downslope.train import TrainState
+from downslope.train import Training
 
 
 def test_every_pixel_of_the_photograph_is_in_one_part() -> None:
@@ -92,7 +92,7 @@ def test_clusters_are_as_tight_as_those_of_the_full_algorithm_or_nearly() -> Non
     one = task("photo-kmeans")
     train, valid = columns(one.train)[0].numpy(), columns(one.valid)[0].numpy()
     judge = KMeans(CLUSTERS, n_init=5, random_state=0).fit(train)
-    state = TrainState(one, threads=1)
+    state = Training(one, threads=1)
     state.advance()
     tightest = -judge.score(valid) / len(valid)
     assert tightest == pytest.approx(0.00529, abs=5e-5), "as docs/tasks.md says"
@@ -107,7 +107,7 @@ def test_the_network_of_sines_fills_gaps_better_than_cubic_interpolation() -> No
     (places, colours), (asked, true) = columns(one.train), columns(one.valid)
     told = griddata(places.numpy(), colours.numpy(), asked.numpy(), method="cubic")
     inside = np.isfinite(told).all(axis=1)
-    state = TrainState(one, threads=1)
+    state = Training(one, threads=1)
     state.advance()
     with torch.no_grad():
         ours = ((state.model(asked) - true) ** 2).mean(dim=1).numpy()

@@ -14,7 +14,7 @@ from torch import nn
 import downslope as ds
 from downslope.tasks import Task, task
 from downslope.tasks.fit import excess
-from downslope.train import TrainState
+from downslope.train import Training
 
 Array = NDArray[np.float64]
 
@@ -23,9 +23,9 @@ def scaled(x: Any) -> Any:
     return (x - x.mean(0)) / x.std(0)
 
 
-def trained(one: Task, recipe: ds.Recipe | None = None) -> tuple[Array, float, TrainState]:
+def trained(one: Task, recipe: ds.Recipe | None = None) -> tuple[Array, float, Training]:
     """Weights and bias after a whole training of a linear model."""
-    state = TrainState(one, recipe, seed=1, threads=1)
+    state = Training(one, recipe, seed=1, threads=1)
     state.advance()
     assert isinstance(state.model, nn.Linear)
     weight, bias = (part.detach().double().numpy() for part in (state.model.weight, state.model.bias))
@@ -98,7 +98,7 @@ def test_the_penalised_logistic_reaches_the_optimum_to_a_ten_thousandth() -> Non
     recipe = ds.Recipe(
         ds.chain(ds.l2(penalty), ds.lbfgs(lr=1.0)), steps=200, batch_size=len(y), roles={"bias": {"l2": 0.0}}
     )
-    state = TrainState(one, recipe, seed=1, threads=1)
+    state = Training(one, recipe, seed=1, threads=1)
     state.advance()
     weight, bias = (part.detach().double().numpy() for part in state.model.parameters())
     assert np.allclose(weight[0], -weight[1], atol=1e-3), "the penalty leaves no other minimum"

@@ -13,7 +13,7 @@ import downslope as ds
 from downslope.errors import BadInput
 from downslope.journal import read
 from downslope.tasks import Player
-from downslope.train import Diverged, TrainState, order, steps_per_epoch, verify_resume
+from downslope.train import Diverged, Training, order, steps_per_epoch, verify_resume
 
 
 class Duel(nn.Module):
@@ -92,7 +92,7 @@ def by_hand(model: Any, rounds: int, every: int) -> Any:
 
 @pytest.mark.parametrize("every", [1, 5])
 def test_a_game_is_the_one_that_torchs_optimizers_play(every: int) -> None:
-    state = TrainState(duel(every=every))
+    state = Training(duel(every=every))
     mine = copy.deepcopy(state.model)
     state.advance()
     expected = by_hand(mine, 40, every)
@@ -103,7 +103,7 @@ def test_a_game_is_the_one_that_torchs_optimizers_play(every: int) -> None:
 
 
 def test_a_move_leaves_the_others_weights_and_gradients_alone() -> None:
-    state = TrainState(duel())
+    state = Training(duel())
     critic, maker = state.sides
     batch = tuple(column[:16] for column in state.task.train)  # type: ignore[union-attr]
     weights = {name: value.clone() for name, value in state.model.critic.state_dict().items()}
@@ -118,7 +118,7 @@ def test_a_loss_that_raises_leaves_the_other_parameters_trainable() -> None:
     def broken(model: nn.Module, batch: Any) -> Tensor:
         raise ZeroDivisionError
 
-    state = TrainState(duel(players={"critic": Player(tells), "maker": Player(broken)}, loss=fools))
+    state = Training(duel(players={"critic": Player(tells), "maker": Player(broken)}, loss=fools))
     with pytest.raises(ds.errors.UserCodeError, match=r"The loss of maker raised ZeroDivisionError"):
         state.advance(1)
     assert all(p.requires_grad for p in state.model.parameters())
@@ -130,7 +130,7 @@ def test_what_is_frozen_stays_frozen() -> None:
         model.critic[0].bias.requires_grad_(False)
         return model
 
-    state = TrainState(duel(model=half))
+    state = Training(duel(model=half))
     before = state.model.critic[0].bias.clone()
     state.advance(3)
     assert torch.equal(state.model.critic[0].bias, before)
@@ -141,11 +141,11 @@ def test_what_is_frozen_stays_frozen() -> None:
 def test_stopped_saved_and_loaded_it_goes_on_to_the_bit(tmp_path: Path, stopped: int) -> None:
     strategies = [ds.strategies.average(), ds.strategies.micro(items=5)]
     task = duel(every=3, recipe=recipe(strategies=strategies))
-    straight, first = TrainState(task), TrainState(task)
+    straight, first = Training(task), Training(task)
     straight.advance()
     first.advance(stopped)
     sha = first.save(tmp_path / "c")
-    resumed = TrainState.load(tmp_path / "c", task, sha=sha)
+    resumed = Training.load(tmp_path / "c", task, sha=sha)
     assert resumed.fields() == first.fields()
     resumed.advance()
     assert resumed.fields() == straight.fields()
@@ -158,8 +158,8 @@ def test_resuming_is_proven_in_a_fresh_process() -> None:
 
 
 def test_pieces_of_a_batch_add_up_to_it() -> None:
-    whole = TrainState(duel())
-    pieces = TrainState(duel(recipe=recipe(strategies=[ds.strategies.micro(items=5)])))
+    whole = Training(duel())
+    pieces = Training(duel(recipe=recipe(strategies=[ds.strategies.micro(items=5)])))
     whole.advance(10)
     pieces.advance(10)
     for name, value in whole.model.state_dict().items():
@@ -183,7 +183,7 @@ def test_the_journal_tells_every_players_loss_and_rate(tmp_path: Path) -> None:
     ds.train(task, out=tmp_path / "run", quiet=True)
     told = [event for event in read(tmp_path / "run" / "journal.jsonl") if event["kind"] == "step"]
     seen: list[Any] = []
-    TrainState(task, threads=None).advance(on_step=lambda attempt: seen.append(attempt))
+    Training(task, threads=None).advance(on_step=lambda attempt: seen.append(attempt))
     assert [{n: move.loss.item() for n, move in one.moves.items()} for one in seen] == [
         {name: player["loss"] for name, player in event["players"].items()} for event in told
     ]
@@ -197,14 +197,14 @@ def test_a_round_in_which_nobody_moved_is_no_step_and_too_many_are_the_end() -> 
     def never(model: nn.Module, batch: Any) -> Tensor:
         return tells(model, batch) * float("nan")
 
-    state = TrainState(exploding(set(range(10**4))))
+    state = Training(exploding(set(range(10**4))))
     with pytest.raises(
         Diverged, match=r"20 updates in a row of maker .* gradients of maker\.weight, maker\.bias"
     ):
         state.advance()
     assert (state.step, state.batches) == (20, 20)
     both = duel(players={"critic": Player(never), "maker": Player(never)}, loss=fools)
-    state = TrainState(both)
+    state = Training(both)
     with pytest.raises(Diverged, match="of critic"):
         state.advance()
     assert (state.step, state.batches) == (0, 20)
@@ -212,7 +212,7 @@ def test_a_round_in_which_nobody_moved_is_no_step_and_too_many_are_the_end() -> 
 
 def test_a_loss_that_reaches_no_own_parameter_is_said() -> None:
     with pytest.raises(BadInput, match=r"the loss of maker gave no parameter .* its trainable parameters"):
-        TrainState(
+        Training(
             duel(
                 players={
                     "critic": Player(tells),
@@ -225,14 +225,14 @@ def test_a_loss_that_reaches_no_own_parameter_is_said() -> None:
 def test_a_single_player_is_the_usual_task() -> None:
     task = duel(players={}, loss=tells)
     assert list(task.players) == [""]
-    state = TrainState(task, recipe().with_(players={}))
+    state = Training(task, recipe().with_(players={}))
     assert state.optimizer is state.sides[0].optimizer
     with pytest.raises(BadInput, match=r"the players critic, maker have an optimizer each"):
-        _ = TrainState(duel()).optimizer
+        _ = Training(duel()).optimizer
 
 
 def test_the_loss_that_judges_is_the_sum_unless_one_is_given() -> None:
-    state = TrainState(duel())
+    state = Training(duel())
     batch = state.task.valid
     with torch.no_grad():
         expected = float(tells(state.model, batch) + fools(state.model, batch))
@@ -275,7 +275,7 @@ class Orphan(Duel):
 )
 def test_what_does_not_fit_is_refused_by_name(changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(BadInput, match=sentence):
-        TrainState(duel(**changes))
+        Training(duel(**changes))
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_a_loss_of_state_is_found_and_named(function: str, first: str, hint: str
 
 def test_what_a_checkpoint_loses_is_found_when_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A planted fault of ours: buffers outside the state dict are not saved."""
-    monkeypatch.setattr(ds.TrainState, "_hidden_buffers", lambda self: {})
+    monkeypatch.setattr(ds.Training, "_hidden_buffers", lambda self: {})
     found = proof("rich")
     assert found.first in ("model mean when loaded", "the loss of batch 7 (step 7)")
 

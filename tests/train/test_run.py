@@ -52,9 +52,9 @@ class Pulled(BaseException):
 @contextmanager
 def pulled_at(step: int) -> Iterator[None]:
     """The training ends without a word when the update after `step` has been applied."""
-    real = ds.TrainState.advance
+    real = ds.Training.advance
 
-    def advance(self: ds.TrainState, until: int, told: Any) -> None:
+    def advance(self: ds.Training, until: int, told: Any) -> None:
         def counted(attempt: Any) -> object:
             if attempt.step == step:
                 raise Pulled
@@ -63,7 +63,7 @@ def pulled_at(step: int) -> Iterator[None]:
         real(self, until, counted)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ds.TrainState, "advance", advance)
+        patch.setattr(ds.Training, "advance", advance)
         with pytest.raises(Pulled):
             yield
 
@@ -107,7 +107,7 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
 
 def test_the_model_of_a_run_is_the_trained_one(finished: Path) -> None:
     run = ds.resume(finished, quiet=True)
-    state = ds.TrainState(problems.rich(), problems.recipe(), seed=1)
+    state = ds.Training(problems.rich(), problems.recipe(), seed=1)
     state.advance()
     for name, tensor in state.model.state_dict().items():
         assert torch.equal(tensor, run.model.state_dict()[name]), name
@@ -501,10 +501,10 @@ def test_a_signal_saves_first_and_exits_with_its_code(name: str, tmp_path: Path)
     assert f"{name}: saved at step {saved['step']}." in said
     task = problems.task(metric=ds.accuracy)
     go(out, task=task, recipe=problems.recipe(steps=400))
-    straight = ds.TrainState(task, problems.recipe(steps=400), seed=1)
+    straight = ds.Training(task, problems.recipe(steps=400), seed=1)
     straight.advance()
     last = [e for e in history(read(out / "journal.jsonl")) if e["kind"] == "checkpoint"][-1]
-    assert ds.TrainState.load(out / "ckpt" / last["name"], task).fields() == straight.fields()
+    assert ds.Training.load(out / "ckpt" / last["name"], task).fields() == straight.fields()
 
 
 def test_the_second_signal_ends_at_once() -> None:

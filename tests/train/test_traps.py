@@ -17,7 +17,7 @@ import downslope as ds
 from downslope import strategies
 from downslope.schedule import KINDS, duration
 from downslope.tasks import task
-from downslope.train.state import TrainState
+from downslope.train.training import Training
 
 
 def stepped(optimizer: torch.optim.Optimizer, model: nn.Module, steps: int) -> list[float]:
@@ -89,7 +89,7 @@ def test_trap_20_a_group_that_joins_later_reads_its_schedule_at_the_runs_step() 
 def test_trap_22_the_rate_is_independent_of_accumulation(items: int) -> None:
     given = task("cancer-logistic")
     recipe = replace(given.recipe, steps=12, strategies=[strategies.micro(items=items)])
-    plain, pieces, rates = TrainState(given, replace(given.recipe, steps=12)), TrainState(given, recipe), []
+    plain, pieces, rates = Training(given, replace(given.recipe, steps=12)), Training(given, recipe), []
     for state in (plain, pieces):
         found: list[float | None] = []
         state.advance(on_step=lambda attempt, found=found: found.append(attempt.lr))  # type: ignore[misc]
@@ -107,7 +107,7 @@ def test_trap_24_a_number_in_text_without_a_unit_is_refused(text: str) -> None:
 
 def test_trap_39_the_last_piece_of_a_window_counts_by_its_items() -> None:
     given = task("cancer-logistic")
-    state = TrainState(given, replace(given.recipe, strategies=[strategies.micro(items=5)]))
+    state = Training(given, replace(given.recipe, strategies=[strategies.micro(items=5)]))
     batch = (torch.arange(32.0), torch.arange(32))
     pieces = list(state.company.parts(batch))
     assert [len(piece[0]) for piece, _ in pieces] == [5] * 6 + [2]
@@ -118,7 +118,7 @@ def test_trap_39_the_last_piece_of_a_window_counts_by_its_items() -> None:
 def test_trap_47_evaluation_and_what_is_handed_over_see_the_evaluation_weights(tmp_path: object) -> None:
     given = task("cancer-logistic")
     recipe = replace(given.recipe, chain=ds.chain(ds.schedule_free_adamw(lr=0.03)), steps=60)
-    state = TrainState(given, recipe, seed=1)
+    state = Training(given, recipe, seed=1)
     state.advance()
     trained = {name: value.clone() for name, value in state.model.state_dict().items()}
     with state.optimizer.averaged():

@@ -17,7 +17,7 @@ from downslope.folder import disk
 from downslope.recipe import Recipe
 from downslope.schedule import Schedule
 from downslope.tasks import Entry, Task, reopen
-from downslope.train import Attempt, Damaged, Diverged, TrainState
+from downslope.train import Attempt, Damaged, Diverged, Training
 from downslope.train.checkpoint import remove
 
 Message = dict[str, Any]
@@ -99,15 +99,15 @@ class Work:
             outcome = "diverged"
         yield self._verdict(outcome)
 
-    def _fresh(self) -> TrainState:
-        return TrainState(self.bench.task, Recipe.parse(self.job["recipe"]), self.job["seed"])
+    def _fresh(self) -> Training:
+        return Training(self.bench.task, Recipe.parse(self.job["recipe"]), self.job["seed"])
 
-    def _resumed(self) -> TrainState:
+    def _resumed(self) -> Training:
         start = self.job["start"]
         if start["run"] == "branch":
             self.legs = self.legs[1:]
         self.seconds = start["seconds"]
-        return TrainState.load(self.folder / start["checkpoint"], self.bench.task, sha=start["sha"])
+        return Training.load(self.folder / start["checkpoint"], self.bench.task, sha=start["sha"])
 
     def _train(self, leg: Message) -> Iterator[Message]:
         """Train one leg in pieces; behind each but the last of the job lies a checkpoint."""
@@ -171,7 +171,7 @@ class Work:
 
 def rehearse(bench: Bench, job: Mapping[str, Any], alive: Callable[[], None]) -> Message:
     """Try a few updates and the validation part, without a trace; if `timed`, measure an update's seconds."""
-    state = TrainState(bench.task, Recipe.parse(job["recipe"]), job["seed"])
+    state = Training(bench.task, Recipe.parse(job["recipe"]), job["seed"])
     state.advance(min(WARMING, state.steps))
     state.evaluate("valid")
     if not job["timed"]:

@@ -5,7 +5,7 @@ from downslope.strategies.data import micro, mix, smoothing
 from downslope.strategies.layers import depth, dropout, freeze, normalisation, rates, start
 from downslope.strategies.live import Company, begin
 from downslope.strategies.stop import stop
-from downslope.strategies.strategy import Batch, Live, Loss, Strategy, Training
+from downslope.strategies.strategy import Batch, Live, Loss, Setting, Strategy
 from downslope.strategies.switch import switch
 from downslope.strategies.teacher import teacher
 
@@ -35,8 +35,8 @@ __all__ = [
     "Company",
     "Live",
     "Loss",
+    "Setting",
     "Strategy",
-    "Training",
     "average",
     "begin",
     "depth",

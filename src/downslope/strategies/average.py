@@ -13,7 +13,7 @@ from downslope import norm
 from downslope.average import BUFFERS, KINDS, Average, Averaging
 from downslope.errors import BadInput, nearest, under
 from downslope.schedule import Duration
-from downslope.strategies.strategy import Live, Strategy, Training
+from downslope.strategies.strategy import Live, Setting, Strategy
 
 RECALIBRATED = 64
 """Training batches by which BatchNorm's statistics are measured for averaged weights."""
@@ -60,7 +60,7 @@ class average(Strategy):
                 raise BadInput(f"kind is one of {', '.join(KINDS)}, got {self.kind!r}.{hint}")
         return Averaging.from_data({"average": self.kind, **numbers})
 
-    def begin(self, training: Training) -> Live:
+    def begin(self, training: Setting) -> Live:
         """The average beside the training."""
         optimizer = training.optimizer
         assert optimizer is not None
@@ -73,7 +73,7 @@ class average(Strategy):
 
 
 class _Averaged(Live):
-    def __init__(self, strategy: average, training: Training) -> None:
+    def __init__(self, strategy: average, training: Setting) -> None:
         self.training = training
         averaging = strategy.averaging.resolve(**training.rates)
         self.average = Average(training.model, averaging, buffers=strategy.buffers)

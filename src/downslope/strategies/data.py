@@ -10,7 +10,7 @@ from torch import Tensor
 
 from downslope.augment import Mix, soft_targets
 from downslope.errors import BadInput, under
-from downslope.strategies.strategy import Batch, Live, Strategy, Training
+from downslope.strategies.strategy import Batch, Live, Setting, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class mix(Strategy):
         super().__post_init__()
         Mix(**self.data())
 
-    def begin(self, training: Training) -> Live:
+    def begin(self, training: Setting) -> Live:
         """The mixing of every batch; draws come from the training's own generator."""
         known = {**self.data(), "classes": self.classes or training.classes}
         return _Changed(Mix(**known))
@@ -63,7 +63,7 @@ class smoothing(Strategy):
         if "mix" in others:
             raise BadInput("[smoothing] beside [mix] would smooth twice: give [mix] its own smoothing.")
 
-    def begin(self, training: Training) -> Live:
+    def begin(self, training: Setting) -> Live:
         """The smoothing of every batch."""
         classes = self.classes or training.classes
         if classes is None:
@@ -102,7 +102,7 @@ class micro(Strategy):
             with under("items"):
                 raise BadInput(f"items must be at least 1, got {self.items}.")
 
-    def begin(self, training: Training) -> Live:
+    def begin(self, training: Setting) -> Live:
         """The pieces of every batch."""
         return _Pieces(self.items)
 

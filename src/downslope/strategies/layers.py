@@ -16,7 +16,7 @@ from downslope.groups import NEVER, Frozen, discriminative, gradual_unfreeze, la
 from downslope.groups import freeze as frozen
 from downslope.init import METHODS
 from downslope.schedule import Duration, Schedule, duration
-from downslope.strategies.strategy import Live, Strategy, Training
+from downslope.strategies.strategy import Live, Setting, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class freeze(Strategy):
             with under("until", pattern):
                 _date(pattern, date)
 
-    def begin(self, training: Training) -> Live:
+    def begin(self, training: Setting) -> Live:
         """The thaw."""
         if self.every is None:
             return _Thaw(frozen(training.model, self.until, **training.rates), training.model)
@@ -120,7 +120,7 @@ class start(Strategy):
                 hint = nearest(self.method, METHODS)
                 raise BadInput(f"method is one of {', '.join(METHODS)}, got {self.method!r}.{hint}")
 
-    def prepare(self, training: Training) -> None:
+    def prepare(self, training: Setting) -> None:
         """Write them."""
         if self.method:
             init.initialise(training.model, self.method)
@@ -146,7 +146,7 @@ class dropout(Strategy):
         super().__post_init__()
         _check_rate(self.rate)
 
-    def begin(self, training: Training) -> Live:
+    def begin(self, training: Setting) -> Live:
         """The rate of every update."""
         return _Following(self.rate, training, partial(set_dropout, training.model))
 
@@ -167,7 +167,7 @@ class depth(Strategy):
         super().__post_init__()
         _check_rate(self.rate)
 
-    def begin(self, training: Training) -> Live:
+    def begin(self, training: Setting) -> Live:
         """The branches' rates at every update."""
         dropping = stochastic_depth(training.model, self.branches, 0.0)
         return _Following(self.rate, training, dropping.set)
@@ -176,7 +176,7 @@ class depth(Strategy):
 class _Following(Live):
     """Sets a rate, before every update if it follows a schedule."""
 
-    def __init__(self, rate: float | Schedule, training: Training, write: Callable[[float], object]) -> None:
+    def __init__(self, rate: float | Schedule, training: Setting, write: Callable[[float], object]) -> None:
         self.rate = rate.resolve(**training.rates) if isinstance(rate, Schedule) else rate
         self.write = write
         write(self.rate(0) if isinstance(self.rate, Schedule) else self.rate)

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from downslope.strategies.strategy import Batch, Live, Loss, Strategy, Training
+from downslope.strategies.strategy import Batch, Live, Loss, Setting, Strategy
 
 
-def begin(strategies: Mapping[str, Strategy], training: Training) -> Company:
+def begin(strategies: Mapping[str, Strategy], training: Setting) -> Company:
     """The live parts of a training's strategies."""
     return Company({name: strategy.begin(training) for name, strategy in strategies.items()})
 

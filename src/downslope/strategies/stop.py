@@ -11,7 +11,7 @@ from torch import Tensor
 from downslope.augment import EarlyStopping
 from downslope.errors import BadInput, nearest
 from downslope.schedule import Duration, in_steps
-from downslope.strategies.strategy import Live, Strategy, Training
+from downslope.strategies.strategy import Live, Setting, Strategy
 
 WATCHED = ("loss", "metric")
 
@@ -43,7 +43,7 @@ class stop(Strategy):
             )
         self._stopping("min", 0)
 
-    def begin(self, training: Training) -> Live:
+    def begin(self, training: Setting) -> Live:
         """The watch over the validations."""
         mode = "max" if self.on == "metric" and training.better else "min"
         warmup = in_steps(self.warmup, "warmup", **training.rates)
@@ -56,7 +56,7 @@ class stop(Strategy):
 class _Stopping(Live):
     reacts: ClassVar[bool] = True
 
-    def __init__(self, strategy: stop, stopping: EarlyStopping, training: Training) -> None:
+    def __init__(self, strategy: stop, stopping: EarlyStopping, training: Setting) -> None:
         self.strategy, self.stopping, self.training = strategy, stopping, training
         self.kept: dict[str, Tensor] = {}
 

@@ -25,7 +25,7 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 
 
 @dataclass
-class Training:
+class Setting:
     """What a strategy may know of the training it is part of.
 
     `rates`: what durations need (`run_steps`, `steps_per_epoch`, `batch_size`). `batches(n)`: the first n of
@@ -159,14 +159,14 @@ class Strategy:
         """The model to train in place of `model`."""
         return model
 
-    def prepare(self, training: Training) -> None:
+    def prepare(self, training: Setting) -> None:
         """Write the first weights; only where a training begins."""
 
     def multipliers(self, model: nn.Module) -> Mapping[str, float]:
         """Learning-rate multipliers by parameter name; 1 where none is given."""
         return {}
 
-    def begin(self, training: Training) -> Live:
+    def begin(self, training: Setting) -> Live:
         """Its part in a training, whose optimizer is there now."""
         return Live()
 

@@ -18,7 +18,7 @@ from downslope.rules import Chain
 from downslope.schedule import Duration, Schedule, duration, in_steps
 from downslope.strategies.chain import carried, numbers_of, parsed, staged, tables
 from downslope.strategies.kept import Kept
-from downslope.strategies.strategy import Batch, Live, Loss, Strategy, Training
+from downslope.strategies.strategy import Batch, Live, Loss, Setting, Strategy
 
 MATCHES = ("size", "swats", "none")
 TRIGGERS = ("plateau", "swats")
@@ -91,7 +91,7 @@ class switch(Strategy):
         if own and "average" in others:
             raise BadInput(f"{own[0]} has evaluation weights of its own: leave out [average].")
 
-    def begin(self, training: Training) -> Live:
+    def begin(self, training: Setting) -> Live:
         """The watch over when to switch, and what follows."""
         steps = training.rates["run_steps"] or 0
         at = None if self.at in TRIGGERS else in_steps(self.at, "at", **training.rates)
@@ -105,7 +105,7 @@ class switch(Strategy):
 
 
 class _Switching(Live):
-    def __init__(self, strategy: switch, training: Training, due: int | None) -> None:
+    def __init__(self, strategy: switch, training: Setting, due: int | None) -> None:
         assert training.optimizer is not None
         self.strategy, self.due = strategy, due
         self.model, self.optimizer, self.rates = training.model, training.optimizer, training.rates

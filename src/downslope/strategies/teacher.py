@@ -17,7 +17,7 @@ from downslope.errors import BadInput, nearest, under
 from downslope.optimizer import Optimizer
 from downslope.rules.adaptive import adam
 from downslope.schedule import Schedule
-from downslope.strategies.strategy import Batch, Live, Loss, Strategy, Training
+from downslope.strategies.strategy import Batch, Live, Loss, Setting, Strategy
 
 BATCHNORM = ("eval", "train")
 _WITHIN_A_BATCH = ("distance", "angle", "relational")
@@ -85,7 +85,7 @@ class teacher(Strategy):
                 "probabilities of them: take the method 'logits', or leave it out."
             )
 
-    def begin(self, training: Training) -> Live:
+    def begin(self, training: Setting) -> Live:
         """The loss with the teachers in it, tried on the first batch without a trace."""
         device = next(training.model.parameters()).device
         models = {run: training.teacher(run).to(device) for run in self.runs}

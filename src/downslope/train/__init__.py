@@ -1,4 +1,4 @@
-"""Training: TrainState owns everything that resumes; a run is a folder that survives kill -9 at any time."""
+"""Training: a Training owns everything that resumes; a run is a folder that survives kill -9 at any time."""
 
 from downslope.train.checkpoint import Damaged
 from downslope.train.history import history, losses
@@ -6,7 +6,7 @@ from downslope.train.order import order, steps_per_epoch
 from downslope.train.player import Diverged, Move, Side
 from downslope.train.proof import Proof, verify_resume
 from downslope.train.run import Run, resume, train
-from downslope.train.state import Attempt, Evaluation, TrainState
+from downslope.train.training import Attempt, Evaluation, Training
 
 __all__ = [
     "Attempt",
@@ -17,7 +17,7 @@ __all__ = [
     "Proof",
     "Run",
     "Side",
-    "TrainState",
+    "Training",
     "history",
     "losses",
     "order",

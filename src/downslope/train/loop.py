@@ -18,7 +18,7 @@ from downslope.train.plan import Plan
 from downslope.train.player import Diverged
 from downslope.train.progress import Show
 from downslope.train.signals import Signals
-from downslope.train.state import Attempt, Evaluation, TrainState
+from downslope.train.training import Attempt, Evaluation, Training
 
 KEEP = 2
 """Checkpoints that are kept; an older one goes after a newer one has been read back and verified."""
@@ -35,7 +35,7 @@ class Loop:
     """One training, from where `state` stands to its end. `past` are the events that count so far."""
 
     def __init__(
-        self, state: TrainState, plan: Plan, journal: Journal, past: Sequence[Event], show: Show
+        self, state: Training, plan: Plan, journal: Journal, past: Sequence[Event], show: Show
     ) -> None:
         self.state, self.plan, self.journal, self.show = state, plan, journal, show
         self.folder = journal.path.parent / "ckpt"
@@ -147,8 +147,8 @@ def restore(
     recipe: Recipe,
     folder: Path,
     past: Sequence[Event],
-    fresh: TrainState | None = None,
-) -> tuple[TrainState, int, list[str]]:
+    fresh: Training | None = None,
+) -> tuple[Training, int, list[str]]:
     """The newest state on which files, manifest and journal agree; the "seq" it stands at; what was damaged.
 
     Without one, the run begins again from its seed, with the state `fresh` if there is one. Whatever else
@@ -162,13 +162,13 @@ def restore(
         if not path.exists() and event not in saved[-KEEP:]:
             continue  # it has long been replaced by newer ones
         try:
-            state, after = TrainState.load(path, task, recipe, event["sha"]), event["seq"]
+            state, after = Training.load(path, task, recipe, event["sha"]), event["seq"]
             break
         except checkpoint.Damaged as error:
             damaged[event["name"]] = str(error)
     kept = [event["name"] for event in saved if event["seq"] <= after][-KEEP:]
     _tidy(folder, set(kept), damaged.keys())
-    state = state or fresh or TrainState(task, recipe, plan.seed, plan.threads)
+    state = state or fresh or Training(task, recipe, plan.seed, plan.threads)
     return state, after, list(damaged.values())
 
 

@@ -5,7 +5,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from downslope.train.state import Evaluation
+from downslope.train.training import Evaluation
 
 
 class Show:

@@ -27,7 +27,7 @@ from downslope.tasks import task as find
 from downslope.train.checkpoint import dump
 from downslope.train.fingerprint import digest, fingerprint
 from downslope.train.plan import about_data
-from downslope.train.state import Attempt, TrainState
+from downslope.train.training import Attempt, Training
 
 _MODULE = frozenset(vars(nn.Module()))
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
@@ -78,7 +78,7 @@ def verify_resume(
         )
     if type(steps) is not int or steps < 2:
         raise BadInput(f"steps must be a whole number from 2, got {steps!r}.")
-    state, half = TrainState(task, recipe, seed), steps // 2
+    state, half = Training(task, recipe, seed), steps // 2
     hidden = dict(_hidden(state))
     state.advance(half)
     with tempfile.TemporaryDirectory() as place:
@@ -96,13 +96,13 @@ def answer(request: str) -> None:
     asked = json.loads(path.read_bytes())
     try:
         task = reopen(Entry.from_data(asked["entry"]))
-        found = _course(TrainState.load(asked["folder"], task, sha=asked["sha"]), asked["until"])
+        found = _course(Training.load(asked["folder"], task, sha=asked["sha"]), asked["until"])
     except DownslopeError as error:
         found = {"error": str(error)}
     path.with_name("answer.json").write_bytes(dump(found))
 
 
-def _course(state: TrainState, until: int) -> dict[str, Any]:
+def _course(state: Training, until: int) -> dict[str, Any]:
     """What can be seen of a training from here to `until`, as texts: at both ends, and each loss between."""
     losses: dict[str, str] = {}
 
@@ -168,7 +168,7 @@ def _unequal(mine: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
     return [name for name in dict.fromkeys([*mine, *theirs]) if mine.get(name) != theirs.get(name)]
 
 
-def _hidden(state: TrainState) -> Iterator[tuple[str, str]]:
+def _hidden(state: Training) -> Iterator[tuple[str, str]]:
     """(where, value) of what may change while training and is in no checkpoint."""
     task, model = state.task, state.model
     for path, module in model.named_modules():

@@ -24,7 +24,7 @@ from downslope.train.history import history, losses
 from downslope.train.loop import Loop, restore
 from downslope.train.plan import Plan
 from downslope.train.progress import Show
-from downslope.train.state import Evaluation, TrainState
+from downslope.train.training import Evaluation, Training
 
 _OURS = {"run.lock", "run.json", "recipe.toml", "journal.jsonl", "journal.jsonl.lock", "ckpt", "result.json"}
 
@@ -93,7 +93,7 @@ def train(
     if not begun and path.is_dir() and (others := _foreign(path)):
         raise BadInput(f"{out} is not a run, it holds {others[0]}: give another folder.")
     # Made before the folder is: what is wrong with task or recipe shows here, and leaves nothing behind.
-    fresh = None if begun else TrainState(task, recipe, seed, plan.threads)
+    fresh = None if begun else Training(task, recipe, seed, plan.threads)
     with RunFolder(out) as folder:
         if (path / "run.json").exists():
             begun_as = _plan(path)
@@ -125,7 +125,7 @@ def resume(
 
 
 def _go_on(
-    folder: RunFolder, plan: Plan, task: Task, recipe: Recipe, quiet: bool, fresh: TrainState | None = None
+    folder: RunFolder, plan: Plan, task: Task, recipe: Recipe, quiet: bool, fresh: Training | None = None
 ) -> Run:
     path = folder.path
     with disk(f"write the folder {path}"):
@@ -177,7 +177,7 @@ def _finish(folder: RunFolder, loop: Loop) -> Event:
     return ended
 
 
-def _run(path: Path, plan: Plan, task: Task, state: TrainState, ended: Event) -> Run:
+def _run(path: Path, plan: Plan, task: Task, state: Training, ended: Event) -> Run:
     valid, test = (Evaluation(**ended[part]) if ended[part] else None for part in ("valid", "test"))
     assert valid is not None
     if not state.finished:

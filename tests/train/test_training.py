@@ -1,4 +1,4 @@
-"""TrainState: it goes on to the bit, disturbs nobody, and says clearly what it cannot do."""
+"""Training: it goes on to the bit, disturbs nobody, and says clearly what it cannot do."""
 
 import random
 from pathlib import Path
@@ -12,18 +12,18 @@ from train import problems
 
 import downslope as ds
 from downslope.errors import BadInput, UserCodeError
-from downslope.train import Attempt, Damaged, Diverged, TrainState, order
+from downslope.train import Attempt, Damaged, Diverged, Training, order
 
 RULES = sorted(ds.rules())
 
 
-def unequal(one: TrainState, other: TrainState) -> list[str]:
+def unequal(one: Training, other: Training) -> list[str]:
     mine, theirs = one.fields(), other.fields()
     assert mine.keys() == theirs.keys()
     return [name for name in mine if mine[name] != theirs[name]]
 
 
-def losses(state: TrainState, until: int) -> list[float]:
+def losses(state: Training, until: int) -> list[float]:
     seen: list[float] = []
     state.advance(until, lambda attempt: seen.append(float(attempt.loss)))
     return seen
@@ -40,14 +40,14 @@ def test_saved_and_loaded_it_goes_on_to_the_bit(rule: str, tmp_path: Path) -> No
         batch_size=16,
         roles={"norm": {"weight_decay": 0.0, "lr": 1e-4}},
     )
-    straight, stopped = (TrainState(problems.rich(), recipe, seed=3) for _ in range(2))
+    straight, stopped = (Training(problems.rich(), recipe, seed=3) for _ in range(2))
     expected = losses(straight, 30)
     got = losses(stopped, 13)
     sha = stopped.save(tmp_path / "a")
-    resumed = TrainState.load(tmp_path / "a", problems.rich(), recipe, sha)
+    resumed = Training.load(tmp_path / "a", problems.rich(), recipe, sha)
     assert not unequal(stopped, resumed)
     got += losses(resumed, 21)
-    resumed = TrainState.load(tmp_path / "b", problems.rich(), sha=resumed.save(tmp_path / "b"))
+    resumed = Training.load(tmp_path / "b", problems.rich(), sha=resumed.save(tmp_path / "b"))
     got += losses(resumed, 30)
     assert got == expected
     assert not unequal(straight, resumed)
@@ -55,19 +55,19 @@ def test_saved_and_loaded_it_goes_on_to_the_bit(rule: str, tmp_path: Path) -> No
 
 
 def test_saving_twice_gives_the_same_bytes_and_changes_nothing(tmp_path: Path) -> None:
-    state = TrainState(problems.rich())
+    state = Training(problems.rich())
     state.advance(5)
     before = state.fields()
     assert state.save(tmp_path / "a") == state.save(tmp_path / "b")
     assert state.fields() == before
     state.advance(9)
     assert state.save(tmp_path / "c") == state.save(tmp_path / "d")
-    assert TrainState.load(tmp_path / "c", problems.rich()).fields() == state.fields()
+    assert Training.load(tmp_path / "c", problems.rich()).fields() == state.fields()
 
 
 def test_each_thing_that_is_saved_is_needed_and_compared() -> None:
     """`fields` sees a change of any one bit, so that equality of fields means equality."""
-    state = TrainState(problems.rich())
+    state = Training(problems.rich())
     state.advance(3)
     before = state.fields()
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_each_thing_that_is_saved_is_needed_and_compared() -> None:
 
 
 def test_evaluation_leaves_no_trace() -> None:
-    state, undisturbed = TrainState(problems.rich()), TrainState(problems.rich())
+    state, undisturbed = Training(problems.rich()), Training(problems.rich())
     state.advance(4)
     undisturbed.advance(4)
     state.model.norm.eval()  # type: ignore[union-attr]  # frozen on purpose: it must stay so
@@ -112,7 +112,7 @@ def test_evaluation_undoes_what_a_careless_model_does() -> None:
             random.random(), np.random.rand(), torch.rand(())
             return self.layer(x) + torch.rand(())
 
-    state = TrainState(problems.task(model=Careless))
+    state = Training(problems.task(model=Careless))
     before = state.fields()
     assert state.evaluate("valid") == state.evaluate("valid")
     assert state.fields() == before
@@ -120,7 +120,7 @@ def test_evaluation_undoes_what_a_careless_model_does() -> None:
 
 def test_evaluation_is_the_mean_over_all_samples() -> None:
     data = (torch.randn(1300, 6), torch.randint(3, (1300,)))
-    state = TrainState(problems.task(valid=data))
+    state = Training(problems.task(valid=data))
     seen = state.evaluate("valid")
     state.model.eval()
     with torch.no_grad():
@@ -130,8 +130,8 @@ def test_evaluation_is_the_mean_over_all_samples() -> None:
 
 
 def test_trainings_take_turns_and_neither_notices() -> None:
-    alone = [losses(TrainState(problems.rich(), seed=seed), 12) for seed in (1, 2)]
-    states = [TrainState(problems.rich(), seed=seed) for seed in (1, 2)]
+    alone = [losses(Training(problems.rich(), seed=seed), 12) for seed in (1, 2)]
+    states = [Training(problems.rich(), seed=seed) for seed in (1, 2)]
     together: list[list[float]] = [[], []]
     for until in (1, 2, 7, 12):
         for state, seen in zip(states, together, strict=True):
@@ -145,15 +145,15 @@ def test_a_training_leaves_the_generators_of_the_program_alone() -> None:
     torch.manual_seed(4)
     expected = torch.rand(3)
     torch.manual_seed(4)
-    state = TrainState(problems.rich())
+    state = Training(problems.rich())
     state.advance(3)
     state.evaluate()
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_the_seed_decides_weights_and_order() -> None:
-    assert losses(TrainState(problems.rich(), seed=5), 6) == losses(TrainState(problems.rich(), seed=5), 6)
-    assert losses(TrainState(problems.rich(), seed=5), 1) != losses(TrainState(problems.rich(), seed=6), 1)
+    assert losses(Training(problems.rich(), seed=5), 6) == losses(Training(problems.rich(), seed=5), 6)
+    assert losses(Training(problems.rich(), seed=5), 1) != losses(Training(problems.rich(), seed=6), 1)
 
 
 @pytest.mark.parametrize("kind", ["tensors", "dataset"])
@@ -169,25 +169,25 @@ def test_each_batch_is_the_slice_of_the_epochs_order(kind: str) -> None:
     train = data if kind == "tensors" else list(zip(*data, strict=True))
     task = ds.Task(model=lambda: nn.Linear(1, 1), train=train, valid=data, loss=loss)
     recipe = ds.Recipe(ds.chain(ds.sgd(lr=0.1)), steps=7, batch_size=6)
-    TrainState(task, recipe, seed=8).advance(7)
+    Training(task, recipe, seed=8).advance(7)
     expected = [order(20, 8, epoch)[k : k + 6].tolist() for epoch in range(3) for k in (0, 6, 12)]
     assert fed == expected[:7]
 
 
 def test_a_branch_leaves_the_trunk_and_the_trunk_goes_on(tmp_path: Path) -> None:
     trunk = problems.recipe(steps=30, lr=ds.constant(1e-3))
-    straight, state = TrainState(problems.rich(), trunk), TrainState(problems.rich(), trunk)
+    straight, state = Training(problems.rich(), trunk), Training(problems.rich(), trunk)
     state.advance(10)
     state.save(tmp_path / "trunk")
     branches = []
     for number in range(2):
-        branch = TrainState.load(tmp_path / "trunk", problems.rich(), trunk)
+        branch = Training.load(tmp_path / "trunk", problems.rich(), trunk)
         branch.optimizer.follow("lr", ds.constant(1e-3).cooldown(10, 5))
         rates: list[float | None] = []
         branch.advance(13, lambda attempt, rates=rates: rates.append(attempt.lr))
         assert rates == pytest.approx([1e-3, 8e-4, 6e-4])
         branch.save(tmp_path / f"branch {number}".replace(" ", "-"))
-        branch = TrainState.load(tmp_path / f"branch-{number}", problems.rich(), trunk)
+        branch = Training.load(tmp_path / f"branch-{number}", problems.rich(), trunk)
         branch.advance(15, lambda attempt, rates=rates: rates.append(attempt.lr))
         assert rates[3:] == pytest.approx([4e-4, 2e-4])
         branches.append(branch)
@@ -211,20 +211,20 @@ def explode(when: set[int]) -> tuple[ds.Task, list[int]]:
 
 def test_a_skipped_update_is_no_step_and_its_batch_is_used_up(tmp_path: Path) -> None:
     task, calls = explode({2, 3, 6})
-    state = TrainState(task)
+    state = Training(task)
     seen: list[Attempt] = []
     state.advance(6, seen.append)
     assert [attempt.step for attempt in seen] == [0, 1, 2, 2, 2, 3, 4, 4, 5]
     assert [bool(attempt.skipped) for attempt in seen] == [i in {2, 3, 6} for i in range(9)]
     assert "head.weight" in seen[2].skipped
     assert (state.step, state.batches, calls[0]) == (6, 9, 9)
-    again = TrainState.load(tmp_path / "c", task, sha=state.save(tmp_path / "c"))
+    again = Training.load(tmp_path / "c", task, sha=state.save(tmp_path / "c"))
     assert (again.step, again.batches) == (6, 9)
 
 
 def test_too_many_skips_in_a_row_are_the_end() -> None:
     task, calls = explode(set(range(5, 10**6)))
-    state = TrainState(task)
+    state = Training(task)
     state.advance(5)
     with pytest.raises(Diverged, match=r"20 updates in a row .* step 5, .* gradients of .*not finite"):
         state.advance(6)
@@ -234,7 +234,7 @@ def test_too_many_skips_in_a_row_are_the_end() -> None:
 
 def test_a_pause_comes_after_an_applied_update_only() -> None:
     task, _ = explode({0, 1, 2})
-    state = TrainState(task)
+    state = Training(task)
     state.advance(10, lambda attempt: True)
     assert (state.step, state.batches) == (1, 4)
 
@@ -244,7 +244,7 @@ def test_a_loss_without_gradients_is_said_and_not_waited_for() -> None:
         return torch.zeros((), requires_grad=True) * 1.0
 
     with pytest.raises(BadInput, match="gave no parameter a gradient"):
-        TrainState(problems.task(loss=loss, metric=ds.accuracy)).advance(1)
+        Training(problems.task(loss=loss, metric=ds.accuracy)).advance(1)
 
 
 @pytest.mark.parametrize(
@@ -258,31 +258,31 @@ def test_a_loss_without_gradients_is_said_and_not_waited_for() -> None:
 )
 def test_what_the_users_loss_does_wrong_is_the_users_error(loss: Any, said: str) -> None:
     with pytest.raises(UserCodeError, match=f"^The loss .*{said}") as caught:
-        TrainState(problems.task(loss=loss, metric=ds.accuracy)).advance(1)
+        Training(problems.task(loss=loss, metric=ds.accuracy)).advance(1)
     assert caught.value.__cause__ is not None
 
 
 def test_what_the_users_model_does_wrong_is_the_users_error() -> None:
     with pytest.raises(UserCodeError, match="The model raised ZeroDivisionError"):
-        TrainState(problems.task(model=lambda: 1 / 0))
+        Training(problems.task(model=lambda: 1 / 0))
     with pytest.raises(BadInput, match=r"must return a torch\.nn\.Module, got int"):
-        TrainState(problems.task(model=lambda: 3))
+        Training(problems.task(model=lambda: 3))
 
 
 def test_a_wrong_part_or_seed_is_refused() -> None:
     with pytest.raises(BadInput, match="no part 'tset'"):
-        TrainState(problems.rich()).evaluate("tset")
+        Training(problems.rich()).evaluate("tset")
     with pytest.raises(BadInput, match="no part 'test'"):
-        TrainState(problems.task(test=None)).evaluate("test")
+        Training(problems.task(test=None)).evaluate("test")
     with pytest.raises(BadInput, match="a seed is"):
-        TrainState(problems.rich(), seed=-1)
+        Training(problems.rich(), seed=-1)
 
 
 def test_another_recipe_is_refused_with_what_differs(tmp_path: Path) -> None:
-    state = TrainState(problems.rich(), problems.recipe())
+    state = Training(problems.rich(), problems.recipe())
     state.save(tmp_path / "c")
     with pytest.raises(BadInput, match=r"another recipe: clip_norm\.max_norm: 1\.0 → 2\.0"):
-        TrainState.load(tmp_path / "c", problems.rich(), problems.recipe(max_norm=2.0))
+        Training.load(tmp_path / "c", problems.rich(), problems.recipe(max_norm=2.0))
 
 
 def test_another_model_is_refused_by_the_name_of_the_tensor(tmp_path: Path) -> None:
@@ -293,22 +293,22 @@ def test_another_model_is_refused_by_the_name_of_the_tensor(tmp_path: Path) -> N
             metric=ds.accuracy,
         )
 
-    TrainState(model(4)).save(tmp_path / "c")
+    Training(model(4)).save(tmp_path / "c")
     with pytest.raises(BadInput, match=r"another model: 0\.bias is \[4\] torch\.float32 there and \[5\]"):
-        TrainState.load(tmp_path / "c", model(5))
+        Training.load(tmp_path / "c", model(5))
     with pytest.raises(
         BadInput, match=r"0\.bias is \[4\] torch\.float32 there and \[4\] torch\.float64 here"
     ):
-        TrainState.load(tmp_path / "c", model(4, torch.float64))
+        Training.load(tmp_path / "c", model(4, torch.float64))
     with pytest.raises(BadInput, match="another model: .* torch.float32 there and nothing here"):
-        TrainState.load(tmp_path / "c", problems.rich())
+        Training.load(tmp_path / "c", problems.rich())
 
 
 def test_data_of_another_length_are_refused(tmp_path: Path) -> None:
-    TrainState(problems.rich()).save(tmp_path / "c")
+    Training(problems.rich()).save(tmp_path / "c")
     shorter = tuple(column[:-1] for column in problems.parts(0)["train"])
     with pytest.raises(BadInput, match="saw 70 samples, the task now has 69"):
-        TrainState.load(tmp_path / "c", problems.task(train=shorter))
+        Training.load(tmp_path / "c", problems.task(train=shorter))
 
 
 def test_extra_state_that_is_no_tensor_is_refused_by_name(tmp_path: Path) -> None:
@@ -317,16 +317,16 @@ def test_extra_state_that_is_no_tensor_is_refused_by_name(tmp_path: Path) -> Non
             return {"calls": 1}
 
     with pytest.raises(BadInput, match=r"0\._extra_state of the model is a dict"):
-        TrainState(problems.task(model=lambda: nn.Sequential(Extra(6, 3)))).save(tmp_path / "c")
+        Training(problems.task(model=lambda: nn.Sequential(Extra(6, 3)))).save(tmp_path / "c")
     assert not (tmp_path / "c").exists()
 
 
 def test_a_damaged_checkpoint_is_refused_before_anything_is_made_of_it(tmp_path: Path) -> None:
-    TrainState(problems.rich()).save(tmp_path / "c")
+    Training(problems.rich()).save(tmp_path / "c")
     path = tmp_path / "c" / "optimizer.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
     with pytest.raises(Damaged, match=r"optimizer\.safetensors"):
-        TrainState.load(tmp_path / "c", problems.task(model=lambda: 1 / 0))
+        Training.load(tmp_path / "c", problems.task(model=lambda: 1 / 0))
 
 
 def test_the_thread_count_is_saved_and_set_while_training(tmp_path: Path) -> None:
@@ -338,10 +338,10 @@ def test_the_thread_count_is_saved_and_set_while_training(tmp_path: Path) -> Non
 
     here = torch.get_num_threads()
     task = problems.task(loss=loss, metric=ds.accuracy)
-    state = TrainState(task, threads=here + 1)
+    state = Training(task, threads=here + 1)
     state.advance(1)
     state.save(tmp_path / "c")
-    state = TrainState.load(tmp_path / "c", task)
+    state = Training.load(tmp_path / "c", task)
     state.advance(2)
     state.evaluate()
     assert set(counts) == {here + 1}

@@ -1,4 +1,4 @@
-"""TrainState: everything that a training needs to go on, and nothing else.
+"""Training: everything that a training needs to go on, and nothing else.
 
 Inside `advance` and `evaluate` the process has the training's own random generators, thread count and
 switches; outside it has its own again. So several trainings can take turns in one process and none notices
@@ -20,7 +20,7 @@ from downslope.journal import read
 from downslope.optimizer import Optimizer
 from downslope.recipe import Recipe
 from downslope.schedule import in_steps
-from downslope.strategies import Training, begin
+from downslope.strategies import Setting, begin
 from downslope.tasks import Batch, Data, Task, guest, size, take
 from downslope.train import checkpoint
 from downslope.train.checkpoint import Folder
@@ -67,7 +67,7 @@ class Evaluation(NamedTuple):
         return self._asdict()
 
 
-class TrainState:
+class Training:
     """A training of `task` by `recipe` (default: the task's own) that can be paused, saved and branched.
 
     Initial weights and the order of samples come from `seed`. `model` and `optimizer` are live;
@@ -77,7 +77,7 @@ class TrainState:
     raises. `threads`: torch's, if not as many as the process has.
 
     >>> from downslope.tasks import task
-    >>> state = TrainState(task("cancer-logistic"), seed=1)
+    >>> state = Training(task("cancer-logistic"), seed=1)
     >>> before = state.evaluate("valid").loss
     >>> state.advance(50)
     >>> state.step, state.evaluate("valid").loss < before
@@ -124,7 +124,7 @@ class TrainState:
             "steps_per_epoch": self.steps_per_epoch,
             "batch_size": self.recipe.batch_size,
         }
-        training = Training(
+        training = Setting(
             model=self.model,
             rates=rates,
             batches=self._first_batches,
@@ -412,7 +412,7 @@ def trained(folder: str) -> nn.Module:
         raise BadInput(f"the run in {folder} has not ended; go on with it by `downslope resume {folder}`.")
     last = next(event for event in reversed(events) if event["kind"] == "checkpoint")
     task = plan.find_task(None, allow_code_change=False)
-    state = TrainState.load(Path(folder, "ckpt", last["name"]), task, sha=last["sha"])
+    state = Training.load(Path(folder, "ckpt", last["name"]), task, sha=last["sha"])
     state.finish()
     return state.model
 
