@@ -21,6 +21,14 @@ def stepped_by(executor: str) -> Iterator[None]:
         yield
 
 
+def buckets_by_kind(optimizer: Any) -> dict[str, set[str]]:
+    """The executors of each program that this optimizer has run ("step", "ascent" …), by the names of their
+    buckets: a long step may be left to eager where the short programs beside it are compiled.
+    """
+    updates = optimizer._machine.updates.items()
+    return {kind: {type(bucket).__name__ for bucket in made.buckets} for kind, made in updates}
+
+
 def buckets_of(optimizer: Any) -> set[str]:
     """The executors that have stepped this optimizer's parameters, by the names of their buckets."""
-    return {type(bucket).__name__ for made in optimizer._machine.updates.values() for bucket in made.buckets}
+    return set().union(*buckets_by_kind(optimizer).values())
