@@ -205,7 +205,10 @@ def test_random_numbers_are_those_of_the_counter(word: str) -> None:
 def test_stochastic_rounding_is_that_of_eager(dtype: torch.dtype) -> None:
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     odd = torch.tensor([np.nan, np.inf, -np.inf, -0.0, 1e-7, -3e-6, 70000.0], dtype=wide)
-    v = torch.cat([torch.linspace(-3, 3, 101, dtype=wide), odd])
+    ends = torch.tensor(
+        [65504.0, 65519.0, 65520.0, 65530.0, 3.3895e38, 3.39e38, 3.396e38, 3.4e38], dtype=wide
+    )
+    v = torch.cat([torch.linspace(-3, 3, 101, dtype=wide), odd, ends, -ends])
     got, want = (
         written(kept(lambda v: dither(v, uniform(v, 1))), v, dtype, executor) for executor in ("gpu", "eager")
     )

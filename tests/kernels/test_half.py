@@ -216,6 +216,24 @@ def test_what_the_dtype_holds_is_not_moved_by_chance(executor: str, dtype: torch
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_nothing_overflows_by_chance(executor: str, dtype: torch.dtype) -> None:
+    """Beyond the largest number there is no second neighbour to be right on average with: the nearest counts,
+    as without the link, whatever is drawn.
+    """
+    fraction, _, most = KINDS[dtype]
+    step = most / (2 ** (fraction + 1) - 1)
+    shares = torch.tensor([0.01, 0.3, 0.49, 0.5, 0.51, 0.7, 0.99, 1.0, 1.01, 1.7], dtype=torch.float64)
+    wide = (most + shares * step).clamp(max=torch.finfo(torch.float32).max).float().repeat(100)
+    wide = torch.cat([wide, -wide])
+    want = nearest(wide, dtype)
+    assert set(want.tolist()) == {most, -most, float("inf"), -float("inf")}
+    for seed in range(3):
+        got = stored(wide, dtype, executor, ds.stochastic_rounding(seed=seed)).double()
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_steps_below_the_grid_add_up(dtype: torch.dtype) -> None:
     """A hundred steps of a hundredth of the grid: none without the link, one on average with it."""
     grid = torch.finfo(dtype).eps

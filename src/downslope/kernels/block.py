@@ -93,7 +93,7 @@ def to_bfloat16(a):  # type: ignore[no-untyped-def]
 def dither_bfloat16(a, chance):  # type: ignore[no-untyped-def]
     """a moved to a number that bfloat16 has, up with such a chance that the mean is a."""
     raised = a.to(tl.int32, bitcast=True) + (chance * 65536.0).to(tl.int32)
-    return tl.where(tl.abs(a) < float("inf"), (raised & -65536).to(tl.float32, bitcast=True), a)
+    return tl.where(tl.abs(a) <= 3.3895313892515355e38, (raised & -65536).to(tl.float32, bitcast=True), a)
 
 
 @triton.jit
@@ -102,7 +102,7 @@ def dither_float16(a, chance):  # type: ignore[no-untyped-def]
     raised = a.to(tl.int32, bitcast=True) + (chance * 8192.0).to(tl.int32)
     fine = tl.floor(a * 16777216.0 + chance) * 5.9604644775390625e-8  # below the least normal number
     found = tl.where(tl.abs(a) < 6.103515625e-05, fine, (raised & -8192).to(tl.float32, bitcast=True))
-    return tl.where(tl.abs(a) < float("inf"), found, a)
+    return tl.where(tl.abs(a) <= 65504.0, found, a)
 
 
 @triton.jit

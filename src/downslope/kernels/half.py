@@ -98,7 +98,7 @@ def dither_float64(x, chance):  # type: ignore[no-untyped-def]
 @no_type_check
 def dither_bfloat16(x, chance):
     """x moved to a number that bfloat16 has, up with such a chance that the mean is x."""
-    if not abs(x) < math.inf:
+    if not abs(x) <= types.float32(3.3895313892515355e38):
         return x
     raised = bits_of(x) + types.int32(chance * types.float32(65536.0))
     return float_of(raised & types.int32(-65536))
@@ -108,7 +108,7 @@ def dither_bfloat16(x, chance):
 @no_type_check
 def dither_float16(x, chance):
     """x moved to a number that float16 has, up with such a chance that the mean is x."""
-    if not abs(x) < math.inf:
+    if not abs(x) <= types.float32(65504.0):
         return x
     if abs(x) < types.float32(2.0**-14):
         return types.float32(math.floor(x * types.float32(2.0**24) + chance)) * types.float32(2.0**-24)

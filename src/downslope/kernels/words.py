@@ -72,7 +72,8 @@ def evaluate(nodes: Sequence[Node], known: dict[Node, Tensor], stored: torch.dty
 
 def dithered(x: Tensor, chance: Tensor, stored: torch.dtype) -> Tensor:
     """float32 numbers that the half-precision dtype `stored` can hold: rounded up with the chance that makes
-    the mean right. Of other dtypes x itself.
+    the mean right; what is larger than all of them stays, to be rounded to the nearest. Of other dtypes x
+    itself.
     """
     if stored not in DROPPED:
         return x
@@ -82,7 +83,7 @@ def dithered(x: Tensor, chance: Tensor, stored: torch.dtype) -> Tensor:
     if stored is torch.float16:  # below its least normal number the steps of float16 stay as wide
         fine = torch.floor(x * 2.0**24 + chance) * 2.0**-24
         found = torch.where(x.abs() < 2.0**-14, fine, found)
-    return torch.where(torch.isfinite(x), found, x)
+    return torch.where(x.abs() <= torch.finfo(stored).max, found, x)
 
 
 DROPPED = {torch.bfloat16: 16, torch.float16: 13}

@@ -33,6 +33,7 @@ def noise(
 def stochastic_rounding(p: Weight, s: State, *, seed: float = 0) -> Weight:
     """Round weights of half precision up or down by chance, so that steps smaller than their grid add up.
 
-    Stands last in a chain. Not for: float32 weights, which it leaves as they are.
+    Beyond the largest number of the dtype (65504 of float16) the nearest is taken: what overflows does so by
+    its size, never by chance. Stands last in a chain. Not for: float32 weights, which it leaves as they are.
     """
     return dither(p, uniform(p, seed))

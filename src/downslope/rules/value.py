@@ -208,7 +208,7 @@ def isfinite(x: Operand) -> Any:
 
 def dither(x: Operand, chance: Operand) -> Any:
     """x rounded to the dtype of the weight, up with such a `chance` that the mean is x; float32 and float64
-    weights take x as it is.
+    weights take x as it is. What lies beyond the largest number of the dtype is rounded to the nearest.
     """
     return speak("dither", x, chance)
 
