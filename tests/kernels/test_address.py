@@ -117,6 +117,41 @@ def test_handles_keep_nothing_alive_for_ever() -> None:
     assert gone() is None
 
 
+@pytest.mark.parametrize("way", ["native", "python"])
+def test_weights_that_are_swapped_are_followed(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.utils.swap_tensors` refuses tensors that C++ counts twice; `module.to` may go through it."""
+    if way == "python":
+        monkeypatch.setattr(address, "native", lambda: None)
+    weight, other = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.ones(4))
+    optimizer = ds.Momentum([weight], lr=0.5, momentum=0.5)
+    weight.grad = torch.ones(4)
+    optimizer.step()
+    torch.utils.swap_tensors(weight, other)
+    weight.grad = torch.ones(4)
+    optimizer.step()
+    assert weight.tolist() == [1 - 0.75] * 4  # its momentum stays that of the parameter
+    assert other.tolist() == [-0.5] * 4
+    del other
+    weight.grad = torch.ones(4)
+    optimizer.step()
+    assert weight.tolist() == [0.25 - 0.875] * 4
+
+
+def test_a_module_converted_by_swapping_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    model = nn.Linear(3, 2)
+    optimizer = ds.SGD(model.parameters(), lr=0.5)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    model.double()
+    before = model.weight.detach().clone()
+    model(torch.ones(1, 3, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    assert model.weight.dtype is torch.float64
+    assert torch.equal(model.weight.detach(), before - 0.5)
+
+
 def test_a_torch_that_answers_otherwise_is_asked_through_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(address, "_FUNCTIONS", ("no_such_function", *address._FUNCTIONS[1:]))
     address.native.cache_clear()

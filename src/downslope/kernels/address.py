@@ -2,14 +2,17 @@
 
 A step must look at every gradient anew, and from Python that costs as much as stepping a small tensor does: a
 quarter of a microsecond for its address, type and layout. Compiled code asks the same functions of torch in a
-tenth of that. Two of them are C++ functions without a C name; so everything is tried once on tensors whose
+tenth of that. Some of them are C++ functions without a C name; so everything is tried once on tensors whose
 answers are known, and where a name is missing or an answer differs, Python asks instead.
+
+A handle of those functions is the address of a C++ tensor. Given is that inside the Python tensor, which a
+list here keeps alive: nothing is counted a second time, so that `torch.utils.swap_tensors` may exchange what
+lies there, and is followed.
 """
 
 from __future__ import annotations
 
 import ctypes
-import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -116,8 +119,7 @@ class Trained:
         self._native = native()
         self._answers = np.zeros(len(self.parameters), dtype=np.int64)
         if self._native is not None:
-            self._handles = self._native.hold(self.parameters)
-            weakref.finalize(self, self._native.release, self._handles)
+            self._handles = self._native.handles(self.parameters)
 
     def look(self) -> bytes:
         """A word a parameter, 0 for those that are frozen."""
@@ -144,8 +146,7 @@ class Addresses:
         if self._native is not None:
             self._answer = np.zeros(3, dtype=np.int64)
             self._dtype = self._native.dtypes[self.parameters[0].dtype] if self.parameters else 0
-            self._handles = self._native.hold(self.parameters)
-            weakref.finalize(self, self._native.release, self._handles)
+            self._handles = self._native.handles(self.parameters)
 
     def look(self) -> int:
         """Read `gradients` where plain; PLAIN, or a sum of SOME_MISSING, SOME_ODD and SOME_MOVED."""
@@ -196,23 +197,16 @@ class Native:
             kind: int(getattr(libraries[0], f"aoti_torch_dtype_{str(kind).removeprefix('torch.')}")())
             for kind in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
         }
-        self._delete = libraries[0].aoti_torch_delete_tensor_object
-        self._delete.argtypes = [ctypes.c_void_p]
-        self._content = ctypes.pythonapi.PyCapsule_GetPointer
-        self._content.argtypes, self._content.restype = [ctypes.py_object, ctypes.c_char_p], ctypes.c_void_p
-        self._hold: Callable[[list[Tensor]], list[Any]] = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors
+        probe = torch.empty(0, device="cpu")
+        inside = (ctypes.c_size_t * (type(probe).__basicsize__ // 8)).from_address(id(probe))
+        self._offset = 8 * list(inside).index(probe._cdata)
         self.look: Callable[..., int] = load(_LOOK).kernel
         self.bump: Callable[..., None] = load(_BUMP).kernel
         self.trained: Callable[..., None] = load(_TRAINED).kernel
 
-    def hold(self, tensors: list[Tensor]) -> Integers:
-        """A handle for each tensor, which keeps it alive until it is released."""
-        return np.array([self._content(capsule, None) for capsule in self._hold(tensors)], dtype=np.int64)
-
-    def release(self, handles: Integers) -> None:
-        """Let go of handles."""
-        for handle in handles.tolist():
-            self._delete(handle)
+    def handles(self, tensors: Sequence[Tensor]) -> Integers:
+        """A handle for each tensor, good as long as somebody keeps the Python tensor."""
+        return np.array([id(tensor) + self._offset for tensor in tensors], dtype=np.int64)
 
 
 @cache
@@ -227,34 +221,31 @@ def native() -> Native | None:
 
 def _agrees(code: Native) -> bool:
     """Whether code and Python give the same answers for gradients of every kind."""
-    given = [torch.ones(3), None, torch.ones(3).double(), torch.ones(6)[::2], torch.ones(3).to_sparse()]
-    given.append(torch._neg_view(torch.ones(3)))
+    ones = torch.ones(6, device="cpu")
+    given = [ones[:3], None, ones[:3].double(), ones[::2], ones[:3].to_sparse(), torch._neg_view(ones[:3])]
     want = [PLAIN, SOME_MISSING, SOME_ODD, SOME_ODD, SOME_ODD, SOME_ODD]
-    weight = torch.zeros(3)
-    handles, answer = code.hold([weight]), np.zeros(3, dtype=np.int64)
-    try:
-        for gradient, kind in zip(given, want, strict=True):
-            if gradient is not None and gradient.dtype != weight.dtype:
-                weight.grad_dtype = gradient.dtype
-            weight.grad = gradient
-            at, there = np.array([weight.data_ptr()]), np.zeros(1, dtype=np.int64)
-            for moved, asked in ((0, 0), (1, 0), (0, 1)):
-                known = np.array([3]), np.array([asked]), at + moved
-                found = code.look(code.functions, handles, *known, there, code.dtypes[torch.float32], answer)
-                if found != kind | (SOME_MOVED if moved or asked else PLAIN):
-                    return False
-            if kind == PLAIN and gradient is not None and there[0] != gradient.data_ptr():
+    weight = torch.zeros(3, device="cpu")
+    handles, answer = code.handles([weight]), np.zeros(3, dtype=np.int64)
+    for gradient, kind in zip(given, want, strict=True):
+        if gradient is not None and gradient.dtype != weight.dtype:
+            weight.grad_dtype = gradient.dtype
+        weight.grad = gradient
+        at, there = np.array([weight.data_ptr()]), np.zeros(1, dtype=np.int64)
+        for moved, asked in ((0, 0), (1, 0), (0, 1)):
+            known = np.array([3]), np.array([asked]), at + moved
+            found = code.look(code.functions, handles, *known, there, code.dtypes[torch.float32], answer)
+            if found != kind | (SOME_MOVED if moved or asked else PLAIN):
                 return False
-            weight.grad = None
-            weight.grad_dtype = weight.dtype
-        before, asks = weight._version, np.zeros(2, dtype=np.int64)
-        code.bump(code.functions, handles)
-        for place, flag in enumerate((False, True)):
-            weight.requires_grad_(flag)
-            code.trained(code.functions, handles, asks[place : place + 1])
-        return weight._version == before + 1 and asks.tolist() == [0, 1]
-    finally:
-        code.release(handles)
+        if kind == PLAIN and gradient is not None and there[0] != gradient.data_ptr():
+            return False
+        weight.grad = None
+        weight.grad_dtype = weight.dtype
+    before, asks = weight._version, np.zeros(2, dtype=np.int64)
+    code.bump(code.functions, handles)
+    for place, flag in enumerate((False, True)):
+        weight.requires_grad_(flag)
+        code.trained(code.functions, handles, asks[place : place + 1])
+    return weight._version == before + 1 and asks.tolist() == [0, 1]
 
 
 def _libraries() -> list[Path]:
