@@ -133,7 +133,7 @@ class Machine:
                     self.state[parameter] = {
                         name: initial(slot, parameter, own_numbers(chain, place, group))
                         for name, (place, slot) in chain.slots.items()
-                    } | {"t": torch.zeros((), dtype=torch.int64)}
+                    } | {"t": torch.zeros((), dtype=torch.int64, device="cpu")}
 
     def _build(self) -> None:
         self.updates, self.present = {}, {}

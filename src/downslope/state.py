@@ -294,7 +294,7 @@ def _refuse(missing: Sequence[str], unexpected: Sequence[str], misfits: Mapping[
 
 def _copied(parameter: Tensor, chain: Chain, entry: Mapping[str, Any]) -> dict[str, Tensor]:
     """An entry in memory of its own, where the parameter has its slots; the precision stays."""
-    copied = {"t": torch.tensor(int(entry["t"]), dtype=torch.int64)}
+    copied = {"t": torch.tensor(int(entry["t"]), dtype=torch.int64, device="cpu")}
     for name, (_, slot) in chain.slots.items():
         value = entry[name].detach()
         if slot.per != "element":

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +20,7 @@ from executors import buckets_of, stepped_by
 from torch import Tensor, nn
 
 import downslope as ds
-from downslope.kernels import compiled, cpu, threads
+from downslope.kernels import compiled, cpu, sums, threads
 from downslope.kernels.cpu import CHUNK
 from downslope.rules import LINKS, RULES, Chain, Rule, chain, trace
 
@@ -63,7 +67,7 @@ def drive(optimizer: ds.Optimizer, parameters: Sequence[Any], gradients: Sequenc
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = None
             if gradient is not None:
-                slope = torch.tensor(np.asarray(gradient), dtype=parameter.dtype)
+                slope = torch.tensor(np.asarray(gradient), dtype=parameter.dtype, device=parameter.device)
                 bend = 1 + 0.3 * parameter.detach() ** 2 if optimizer.passes > 1 else 1
                 parameter.grad = slope * bend
         return 0.0
@@ -237,6 +241,30 @@ def test_the_order_of_parameters_changes_nothing(subject: tuple[str, Chain]) -> 
             drive(optimizer, [p for _, p in named], [gradients[i] for i in order])
         found.append(parameters)
     assert same(*found)
+
+
+def test_the_default_device_of_torch_changes_nothing(
+    subject: tuple[str, Chain], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is for the program's own tensors: steps, state, a load and evaluation weights go by the weights'."""
+    name, made = subject
+    weights, steps = draw(4, shapes=shapes_of(name), steady=name == "prodigy")
+    monkeypatch.setattr(sums, "LEAST", 1)
+    found = []
+    for default in ("cpu", "meta"):
+        parameters = parameters_of(weights)
+        named = [(f"w{i}", parameter) for i, parameter in enumerate(parameters)]
+        with torch.device(default):
+            first, second = ds.Optimizer(named, made), ds.Optimizer(named, made)
+            for gradients in steps[:2]:
+                drive(first, parameters, gradients)
+            second.load_state_dict(first.state_dict())
+            for gradients in steps[2:]:
+                drive(second, parameters, gradients)
+            with second.averaged():
+                evaluated = [parameter.detach().clone() for parameter in parameters]
+            found.append([*evaluated, *(t for p in parameters for t in kept(second, p))])
+    torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)  # an empty tensor has no mean
 
 
 def routed(named: Sequence[tuple[str, Any]], reverse: bool) -> ds.Optimizer:
@@ -519,6 +547,22 @@ def test_a_damaged_cache_is_compiled_anew(monkeypatch: pytest.MonkeyPatch, tmp_p
         ds.Optimizer(parameters, chain(ds.momentum(lr=0.5))).step()
         assert torch.equal(parameters[0].detach(), torch.full((3,), 0.5))
     assert list(tmp_path.rglob("*.nbc"))
+
+
+def test_a_word_that_changed_is_compiled_anew(tmp_path: Any) -> None:
+    """The cache outlives an upgrade: code of the old version must not run under the new one."""
+    package = shutil.copytree(Path(ds.__file__).parent, tmp_path / "downslope")
+    words, found = package / "kernels" / "compiled.py", []
+    program = (
+        "import torch, downslope as ds; w = torch.nn.Parameter(torch.zeros(3)); w.grad = torch.ones(3); "
+        "o = ds.Momentum([w], lr=0.5); o.step(); o.step(); print(w.tolist()[0])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "DOWNSLOPE_CACHE": str(tmp_path / "cache")}
+    for change in ("a * b + c", "a * b - c"):
+        words.write_text(words.read_text("utf-8").replace("return a * b + c", f"return {change}"), "utf-8")
+        run = [sys.executable, "-c", program]
+        found.append(subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert found[0] != found[1]
 
 
 def test_every_link_is_a_row_of_the_glossary() -> None:

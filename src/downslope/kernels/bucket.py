@@ -108,7 +108,7 @@ def initial(slot: Slot, parameter: Any, numbers: Mapping[str, float]) -> Any:
         return made.copy_(value) if isinstance(value, Tensor) else made.fill_(float(value))
     size = shape_of_slot(slot, parameter.shape)
     if slot.per == "tensor":
-        return torch.full(size, float(value), dtype=torch.float64)
+        return torch.full(size, float(value), dtype=torch.float64, device="cpu")
     if slot.per in ("left", "right"):
         return torch.eye(size[0], dtype=dtype, device=parameter.device) * float(value)
     return torch.full(size, float(value), dtype=dtype, device=parameter.device)
@@ -125,6 +125,7 @@ def _evaluated(initial: Any, parameter: Any, numbers: Mapping[str, float]) -> An
     nodes = list(tape.nodes.values())
     folded = constants(nodes)
     fold(scalars(nodes), folded)
-    known.update({node: torch.tensor(float(number), dtype=dtype) for node, number in folded.items()})
+    for node, number in folded.items():
+        known[node] = torch.tensor(float(number), dtype=dtype, device="cpu")
     evaluate(nodes, known)
     return known[value]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 import os
 import stat
 import sys
@@ -133,11 +134,22 @@ def cache_folder() -> Path | None:
 
 
 @cache
+def _origin() -> str:
+    """What makes machine code of a kernel's text: the words that it takes in, Numba and Python. Numba sees
+    only a change of the text itself.
+    """
+    from downslope.kernels import half
+    from downslope.rules import noise
+
+    words = [inspect.getsource(module) for module in (sys.modules[__name__], half, noise)]
+    return "\n".join([*words, numba.__version__, sys.version])
+
+
+@cache
 def load(text: str) -> Any:
     """The generated module of this text, from the cache if it was compiled before on this machine."""
     global _caching
-    stamp = f"{text}\n{numba.__version__}\n{sys.version}".encode()
-    name = f"kernel_{hashlib.sha256(stamp).hexdigest()[:24]}"
+    name = f"kernel_{hashlib.sha256((text + _origin()).encode()).hexdigest()[:24]}"
     folder = cache_folder()
     if folder is not None:
         _caching = True

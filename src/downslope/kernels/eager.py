@@ -94,7 +94,7 @@ class EagerBucket:
                 continue
             dtype = compute_type(member.weight.dtype)
             known = {
-                n: torch.tensor(float(v), dtype=dtype)
+                n: torch.tensor(float(v), dtype=dtype, device="cpu")
                 for n, v in zip(stage.scalars, columns[self.index[i]], strict=True)
             }
             for node in self._leaves(stage):
@@ -105,7 +105,7 @@ class EagerBucket:
     def _leaf(self, i: int, node: Node, stage: Stage, dtype: torch.dtype, noise: Table) -> Tensor:
         member = self.members[i]
         if node.word_name == "constant":
-            return torch.tensor(float.fromhex(node.payload), dtype=dtype)
+            return torch.tensor(float.fromhex(node.payload), dtype=dtype, device="cpu")
         if node.word_name.startswith("noise:"):
             return member.draw(node, noise, int(self.index[i]), dtype)
         if node in stage.lent:

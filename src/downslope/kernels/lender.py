@@ -160,7 +160,7 @@ class Lender:
         """
         arrays: dict[str, list[Tensor]] = {}
         for node, name in lent.items():
-            arrays[name] = made = [torch.empty(0)] * len(self.members)
+            arrays[name] = made = [torch.empty(0, device="cpu")] * len(self.members)
             for batch in self.batches:
                 value, seen = batch.values[node], view(batch.shape)
                 short = name in lines and spanned(value.shape[1:], seen) and not batch.shared

@@ -93,7 +93,7 @@ def reduce(name: str, values: Tensor, axes: tuple[int, ...]) -> Tensor:
     outer, along = prod(shape[: axes[0]]), prod(shape[axes[0] : axes[-1] + 1])
     inner = values.numel() // (outer * along)
     kept = [1 if axis in axes else size for axis, size in enumerate(shape)]
-    sums, threads = torch.empty(kept, dtype=torch.float64), torch.get_num_threads()
+    sums, threads = torch.empty(kept, dtype=torch.float64, device="cpu"), torch.get_num_threads()
     items = outer * -(-inner // BLOCK)
     cursor = np.array([0, max(1, items // (16 * threads))])
     words = [outer, along, inner, name == "squares", values.data_ptr(), sums.data_ptr(), cursor.ctypes.data]
