@@ -24,7 +24,7 @@ FLOORS = {
     "admission": 2, "average": 2, "dropin": 2, "foreign": 2, "groups": 2, "machine": 2, "optimizer": 2,
     "state": 2,
     "recipe": 3, "strategies": 3,
-    "tasks": 4,
+    "parallel": 4, "tasks": 4,
     "train": 5,
     "race": 7,
     "description": 8, "logger": 8, "report": 8,

@@ -325,7 +325,7 @@ def _restore_groups(
     for match in matches:
         if match.key is not None:
             homes[match.group].add(saved.home[match.key])
-    differences: list[str] = []
+    changes: list[str] = []
     for place, (group, chain, plans) in enumerate(zip(groups, chains, following, strict=True)):
         sources = [saved.numbers(at, chain, group, plans) for at in sorted(homes[place])]
         if any(source != sources[0] for source in sources):
@@ -338,7 +338,7 @@ def _restore_groups(
             sources = []
         numbers, theirs = sources[0] if sources else ({}, dict(plans))
         fresh = saved.foreign or not sources
-        differences += _differences(f"group {place}", group, numbers, plans, theirs, one_sided=not fresh)
+        changes += differences(f"group {place}", group, numbers, plans, theirs, one_sided=not fresh)
         numbers["step"] = int(group["step"]) if saved.step is None else saved.step
         if fresh:
             _follow(numbers, group, theirs)
@@ -346,8 +346,8 @@ def _restore_groups(
         found.following.append(theirs)
     if saved.step is None and any(following):
         found.warnings.append("torch counted no steps: schedules go on from the program's own step.")
-    if differences:
-        found.warnings.append("the checkpoint's numbers are used: " + "; ".join(sorted(differences)))
+    if changes:
+        found.warnings.append("the checkpoint's numbers are used: " + "; ".join(sorted(changes)))
 
 
 def _separate(value: Any) -> Any:
@@ -365,7 +365,7 @@ def _follow(numbers: dict[str, Any], group: Mapping[str, Any], plans: Plans) -> 
         numbers[key] = value
 
 
-def _differences(
+def differences(
     label: str,
     group: Mapping[str, Any],
     numbers: Mapping[str, Any],
@@ -373,7 +373,7 @@ def _differences(
     theirs: Plans,
     one_sided: bool,
 ) -> list[str]:
-    """What the checkpoint changes in a group, in words; `one_sided`: also numbers that one of them lacks."""
+    """What a checkpoint changes in a param group, in words; `one_sided`: those too that one lacks."""
     told = []
     scheduled = {key for key, _ in [*plans, *theirs]}
     for key in _own(group, numbers) - scheduled:

@@ -211,7 +211,8 @@ def test_a_student_draws_what_it_would_draw_alone(taught: dict[str, Net]) -> Non
     alone, beside = (Training(noisy(), asked.with_(strategies=kinds), seed=3) for kinds in ([], [features]))
     assert trained(alone)[0] == trained(beside)[0]
     mine, theirs = alone.fields(), beside.fields()
-    assert {name: text for name, text in theirs.items() if not name.startswith("strategy")} == mine
+    kept = {name: text for name, text in theirs.items() if not name.startswith("strategies state")}
+    assert kept == mine
 
 
 def test_statistics_of_the_batch_are_another_teacher_than_those_that_run(taught: dict[str, Net]) -> None:
@@ -364,7 +365,7 @@ def test_a_finished_run_teaches_the_next_generation_and_an_open_one_does_not(
     torch.testing.assert_close(live.distillation.teacher.logits(inputs), first.model.eval()(inputs))  # type: ignore[attr-defined]
     assert second.losses[0] == pytest.approx(trained(state)[0][0], rel=1e-6)
     saved = json.loads(next(Path("second", "ckpt").iterdir()).joinpath("state.json").read_text())
-    assert len(saved["strategies"]["teacher"]["teachers"]["first"]) == 64
+    assert len(saved["parts"]["strategies"]["state"]["data"]["teacher"]["teachers"]["first"]) == 64
     journal = Path("first", "journal.jsonl")
     lines = [
         line

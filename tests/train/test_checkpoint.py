@@ -96,12 +96,12 @@ def test_a_manifest_that_fits_the_files_but_not_the_journal_is_found(
 @pytest.mark.parametrize(
     "manifest",
     [
-        {"schema": 1},
-        {"schema": 1, "files": []},
-        {"schema": 1, "files": {"../../secret": {"size": 1, "sha256": "0" * 64}}},
-        {"schema": 1, "files": {"/etc/passwd": {"size": 1, "sha256": "0" * 64}}},
-        {"schema": 1, "files": {"a": {"size": "1", "sha256": "0" * 64}}},
-        {"schema": 1, "files": {"a": {"size": 1, "sha256": "short"}}},
+        {"schema": checkpoint.SCHEMA},
+        {"schema": checkpoint.SCHEMA, "files": []},
+        {"schema": checkpoint.SCHEMA, "files": {"../../secret": {"size": 1, "sha256": "0" * 64}}},
+        {"schema": checkpoint.SCHEMA, "files": {"/etc/passwd": {"size": 1, "sha256": "0" * 64}}},
+        {"schema": checkpoint.SCHEMA, "files": {"a": {"size": "1", "sha256": "0" * 64}}},
+        {"schema": checkpoint.SCHEMA, "files": {"a": {"size": 1, "sha256": "short"}}},
         [],
         "text",
     ],
@@ -115,8 +115,8 @@ def test_a_manifest_that_is_none_is_damage(manifest: Any, saved: tuple[Path, str
 
 def test_a_newer_schema_is_refused_and_not_called_damage(saved: tuple[Path, str]) -> None:
     folder, _ = saved
-    (folder / checkpoint.MANIFEST).write_text('{"schema": 2, "files": {}}')
-    with pytest.raises(BadInput, match="schema 2; this version reads 1") as caught:
+    (folder / checkpoint.MANIFEST).write_text('{"schema": 99, "files": {}}')
+    with pytest.raises(BadInput, match=f"schema 99; this version reads {checkpoint.SCHEMA}") as caught:
         checkpoint.verify(folder)
     assert not isinstance(caught.value, Damaged)
 

@@ -149,7 +149,7 @@ def test_stopped_saved_and_loaded_it_goes_on_to_the_bit(tmp_path: Path, stopped:
     assert resumed.fields() == first.fields()
     resumed.advance()
     assert resumed.fields() == straight.fields()
-    assert any(name.startswith("critic optimizer group 0") for name in straight.fields())
+    assert any(name.startswith("optimizer.critic groups 0") for name in straight.fields())
 
 
 def test_resuming_is_proven_in_a_fresh_process() -> None:

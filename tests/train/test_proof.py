@@ -1,5 +1,6 @@
 """The proof of resume: it passes what is exact, and fails, by name, what is not."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,10 +48,21 @@ def test_a_loss_of_state_is_found_and_named(function: str, first: str, hint: str
 
 
 def test_what_a_checkpoint_loses_is_found_when_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A planted fault of ours: buffers outside the state dict are not saved."""
-    monkeypatch.setattr(ds.Training, "_hidden_buffers", lambda self: {})
-    found = proof("rich")
-    assert found.first in ("model mean when loaded", "the loss of batch 7 (step 7)")
+    """Two planted faults of ours: a buffer is saved with another value, and one is not saved at all."""
+    save = ds.Training.save
+
+    def shifted(state: ds.Training, folder: Path) -> str:
+        state.model.mean += 1
+        sha = save(state, folder)
+        state.model.mean -= 1
+        return sha
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ds.Training, "save", shifted)
+        assert proof("rich").first == "model mean when loaded"
+    monkeypatch.setattr(sys.modules["downslope.train.part"], "hidden_buffers", lambda model: {})
+    with pytest.raises(DownslopeError, match=r"does not fit: model: the checkpoint lacks mean"):
+        proof("rich")
 
 
 def test_a_task_that_no_other_process_can_find_is_refused() -> None:

@@ -87,8 +87,13 @@ class Company:
         """The plain data of all."""
         return {name: data for name, live in self.lives.items() if (data := live.data())}
 
-    def load(self, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Go on from what these were."""
+    def state(self) -> dict[str, Any]:
+        """What all need to go on."""
+        return {"data": self.data(), "tensors": self.tensors()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state()`."""
+        data, tensors = state["data"], state["tensors"]
         for name, live in self.lives.items():
             mine = {
                 key.partition("/")[2]: value for key, value in tensors.items() if key.startswith(f"{name}/")

@@ -23,7 +23,7 @@ from downslope.errors import BadInput
 from downslope.folder import check_name, disk, read_file, write_folder
 
 MANIFEST = "manifest.json"
-SCHEMA = 1
+SCHEMA = 2
 _LARGEST_JSON = 64 * 2**20
 _SHA = re.compile(r"[0-9a-f]{64}")
 

@@ -3,13 +3,12 @@
 The usual task has one player, called "", and its part is the whole model.
 """
 
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -108,52 +107,6 @@ class Side:
                 f"the {which} gave no parameter a gradient: does it depend on {what} trainable parameters?"
             )
 
-    def slots(self) -> dict[str, Tensor]:
-        """The optimizer's state by "<parameter name>.<slot>", the name as the whole model has it."""
-        packed = self.optimizer.state_dict()
-        names = _names(packed["param_groups"])
-        return {
-            f"{self._before}{names[identity]}.{slot}": tensor
-            for identity, slots in packed["state"].items()
-            for slot, tensor in slots.items()
-        }
-
-    def data(self) -> dict[str, Any]:
-        """What is no tensor, as plain data."""
-        packed = self.optimizer.state_dict()
-        return {
-            "name": self.name,
-            "skips_in_a_row": self.skips,
-            "param_groups": _plain(packed["param_groups"]),
-            "schedules": packed["schedules"],
-            "seen": packed["seen"],
-        }
-
-    def load(self, data: Mapping[str, Any], slots: Mapping[str, Tensor]) -> None:
-        """Go on from `data`, and from what of the `slots` of all players is its own."""
-        self.skips = data["skips_in_a_row"]
-        ids = {name: identity for identity, name in _names(data["param_groups"]).items()}
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in slots.items():
-            if key.startswith(self._before):
-                name, _, slot = key.removeprefix(self._before).rpartition(".")
-                state.setdefault(ids[name], {})[slot] = tensor
-        with warnings.catch_warnings():
-            # What a branch follows differs from its recipe on purpose; the recipe itself was compared.
-            warnings.filterwarnings("ignore", message="the checkpoint's numbers are used")
-            self.optimizer.load_state_dict({**data, "state": state})
-
-    def fields(self) -> dict[str, str]:
-        """What is no tensor, by name, as text that is equal if and only if the bits are."""
-        data, whose = self.data(), f"{self.name} " if self.name else ""
-        found = {
-            f"{whose}optimizer group {place} {key}": repr(value)
-            for place, group in enumerate(data["param_groups"])
-            for key, value in group.items()
-        }
-        found[f"{whose}skips_in_a_row"] = str(self.skips)
-        return found | {f"{whose}optimizer {key}": repr(data[key]) for key in ("seen", "schedules")}
-
     @contextmanager
     def _alone(self) -> Iterator[None]:
         lent = [parameter for parameter in self._others if parameter.requires_grad]
@@ -220,21 +173,6 @@ def _backward(loss: Tensor, share: float) -> Tensor:
     part = loss if share == 1.0 else loss * share
     part.backward()  # type: ignore[no-untyped-call]
     return part.detach()
-
-
-def _names(groups: list[dict[str, Any]]) -> dict[int, str]:
-    return {
-        identity: name
-        for group in groups
-        for identity, name in zip(group["params"], group["param_names"], strict=True)
-    }
-
-
-def _plain(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        {key: float(value) if isinstance(value, Tensor) else value for key, value in group.items()}
-        for group in groups
-    ]
 
 
 def _listed(names: tuple[str, ...]) -> str:

@@ -5,12 +5,12 @@ switches; outside it has its own again. So several trainings can take turns in o
 the others.
 """
 
-import platform
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +24,16 @@ from downslope.strategies import Setting, begin
 from downslope.tasks import Batch, Data, Task, guest, size, take
 from downslope.train import checkpoint
 from downslope.train.checkpoint import Folder
-from downslope.train.fingerprint import digest, fingerprint
 from downslope.train.history import history
 from downslope.train.order import order, steps_per_epoch
 from downslope.train.plan import Plan
 from downslope.train.player import Move, Side, sides
 from downslope.train.random import Generators
+from downslope.train.state import Snapshot, TrainState
 from downslope.train.surroundings import Surroundings, kept
-from downslope.train.weights import at_rest, check_alike, classes, moved
+from downslope.train.weights import at_rest, classes, moved
+
+T = TypeVar("T")
 
 _EVALUATED_AT_ONCE = 512  # fixed, so that the same weights give the same bits whatever the recipe
 
@@ -110,6 +112,9 @@ class Training:
                 )
             self._train: Data = task.train
             self._begin(fresh)
+        self.state = TrainState(self.model, strategies=self.company)
+        for side in self.sides:
+            self.state.add(f"optimizer.{side.name}" if side.name else "optimizer", side.optimizer)
 
     def _begin(self, fresh: bool) -> None:
         """Let the strategies shape the model, give it its first weights, and join the training."""
@@ -210,7 +215,7 @@ class Training:
         were. For a training that is done.
         """
         with self._evaluating():
-            last = {name: value.clone() for name, value in self._weights().items()}
+            last = {name: value.clone() for name, value in self.model.state_dict().items()}
         best = self.company.best
         with torch.no_grad():
             self.model.load_state_dict(last if best is None else best)
@@ -256,16 +261,7 @@ class Training:
 
         The same state gives the same bytes. BadInput if the folder is there already, or the disk refuses.
         """
-        files = {
-            "model.safetensors": checkpoint.pack(self._weights()),
-            "optimizer.safetensors": checkpoint.pack(self._slots()),
-            "state.json": checkpoint.dump(self._data()),
-        }
-        if hidden := self._hidden_buffers():
-            files["buffers.safetensors"] = checkpoint.pack(hidden)
-        if held := self.company.tensors():
-            files["strategies.safetensors"] = checkpoint.pack(held)
-        return checkpoint.write(folder, files, step=self.step, world=1)
+        return self._counted(lambda state: state.save(folder))
 
     @classmethod
     def load(cls, folder: Folder, task: Task, recipe: Recipe | None = None, sha: str | None = None) -> Self:
@@ -274,51 +270,57 @@ class Training:
         Raises Damaged (a BadInput) naming the file that is not as it was saved, and BadInput if task or
         recipe are not those of the checkpoint.
         """
-        files = checkpoint.verify(folder, sha)["files"]
-        data = checkpoint.parse(folder, "state.json")
-        saved = Recipe.parse(data["recipe"], f"{folder}/state.json")
-        if recipe is not None and recipe.hash != saved.hash:
-            changes = "; ".join(map(str, saved.diff(recipe)))
+        checkpoint.verify(folder, sha)
+        saved = checkpoint.parse(folder, "state.json")["counters"]
+        began = Recipe.parse(saved["recipe"], f"{folder}/state.json")
+        if recipe is not None and recipe.hash != began.hash:
+            changes = "; ".join(map(str, began.diff(recipe)))
             raise BadInput(f"the checkpoint {folder} was made by another recipe: {changes}.")
-        state = cls(task, saved, data["seed"], fresh=False)
-        if state.samples != data["samples"]:
+        made = cls(task, began, saved["seed"], saved["threads"], fresh=False)
+        if made.samples != saved["samples"]:
             raise BadInput(
-                f"the checkpoint {folder} saw {data['samples']} samples, the task now has {state.samples}."
+                f"the checkpoint {folder} saw {saved['samples']} samples, the task now has {made.samples}."
             )
-        weights = checkpoint.tensors(folder, "model.safetensors")
-        check_alike(state._weights(), weights, Path(folder))
-        with torch.no_grad():
-            state.model.load_state_dict(weights)
-            hidden = state._hidden_buffers()
-            if "buffers.safetensors" in files:
-                for name, buffer in checkpoint.tensors(folder, "buffers.safetensors").items():
-                    hidden[name].copy_(buffer)
-        held = "strategies.safetensors" in files
-        state.company.load(
-            data["strategies"], checkpoint.tensors(folder, "strategies.safetensors") if held else {}
-        )
-        slots = checkpoint.tensors(folder, "optimizer.safetensors")
-        for side, own in zip(state.sides, data["players"], strict=True):
-            side.load(own, slots)
-        state.step, state.batches = data["step"], data["batches"]
-        state._surroundings = Surroundings(Generators.from_data(data["generators"]), data["threads"])
-        return state
+        made._go_on(lambda state: state.load(folder, sha=sha))
+        return made
+
+    def snapshot(self) -> Snapshot:
+        """The training at this moment, in memory of its own."""
+        return self._counted(TrainState.snapshot)
+
+    def restore(self, shot: Snapshot) -> None:
+        """Go on from a snapshot of this training, which may be used again."""
+        self._go_on(lambda state: state.restore(shot))
 
     def fields(self) -> dict[str, str]:
         """Every counter, generator and tensor by name, as text that is equal if and only if the bits are."""
-        data = self._data()
-        found = {name: str(data[name]) for name in ("step", "batches", "threads")}
-        for name, value in data["generators"].items():
-            items = value if name == "devices" else {name: value}
-            found |= {f"generator {key}": digest(str(item).encode()) for key, item in items.items()}
-        tensors = {f"model {name}": tensor for name, tensor in self._weights().items()}
-        tensors |= {f"model {name}": tensor for name, tensor in self._hidden_buffers().items()}
-        tensors |= {f"optimizer {name}": tensor for name, tensor in self._slots().items()}
-        tensors |= {f"strategy {name}": tensor for name, tensor in self.company.tensors().items()}
-        found |= {name: fingerprint(tensor) for name, tensor in tensors.items()}
+        about = ("counter task", "counter recipe", "counter samples")
+        found = self._counted(TrainState.fields)
+        return {name: text for name, text in found.items() if name not in about}
+
+    def _counted(self, take: Callable[[TrainState], T]) -> T:
+        """What `take` takes of the state, with the counters as they stand and the training's generators."""
+        self.state.step = self.step
+        self.state.counters = {
+            "task": self.task.name,
+            "samples": self.samples,
+            "seed": self.seed,
+            "recipe": self.recipe.text(),
+            "batches": self.batches,
+            "threads": self.threads,
+            "skips in a row": {side.name: side.skips for side in self.sides},
+        }
+        with self._inside():
+            return take(self.state)
+
+    def _go_on(self, put_back: Callable[[TrainState], object]) -> None:
+        with self._inside(), warnings.catch_warnings():
+            # What a branch follows differs from its recipe on purpose; the recipe itself was compared.
+            warnings.filterwarnings("ignore", message="(?s).*the checkpoint's numbers are used")
+            put_back(self.state)
+        self.step, self.batches = self.state.step, self.state.counters["batches"]
         for side in self.sides:
-            found |= side.fields()
-        return found | {f"strategy {name}": repr(held) for name, held in data["strategies"].items()}
+            side.skips = self.state.counters["skips in a row"][side.name]
 
     def _attempt(self) -> Attempt:
         step = self.step
@@ -364,44 +366,6 @@ class Training:
             finally:
                 now = Generators.now()
                 self._surroundings = Surroundings(now, self._surroundings.threads)
-
-    def _weights(self) -> dict[str, Tensor]:
-        """The model's state dict. BadInput if a module keeps something in it that is no tensor."""
-        weights: dict[str, Any] = self.model.state_dict()
-        for name, value in weights.items():
-            if not isinstance(value, Tensor):
-                raise BadInput(
-                    f"{name} of the model is a {type(value).__name__}, and a checkpoint holds tensors; "
-                    "let get_extra_state return a tensor."
-                )
-        return weights
-
-    def _hidden_buffers(self) -> dict[str, Tensor]:
-        """Buffers that the state dict leaves out (persistent=False), which a training may still need."""
-        shown = self.model.state_dict().keys()
-        return {name: buffer for name, buffer in self.model.named_buffers() if name not in shown}
-
-    def _slots(self) -> dict[str, Tensor]:
-        """The state of every optimizer by "<parameter name>.<slot>"."""
-        return {name: slot for side in self.sides for name, slot in side.slots().items()}
-
-    def _data(self) -> dict[str, Any]:
-        """Everything that is no tensor of model and optimizer, as plain data."""
-        return {
-            "schema": checkpoint.SCHEMA,
-            "task": self.task.name,
-            "samples": self.samples,
-            "seed": self.seed,
-            "recipe": self.recipe.text(),
-            "step": self.step,
-            "batches": self.batches,
-            "threads": self.threads,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "generators": self._surroundings.generators.data(),
-            "strategies": self.company.data(),
-            "players": [side.data() for side in self.sides],
-        }
 
 
 def trained(folder: str) -> nn.Module:

@@ -2,13 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from downslope.errors import BadInput
 from downslope.tasks import Data
 
 
@@ -38,19 +36,6 @@ def moved(batch: Any, device: torch.device) -> Any:
         items = [moved(item, device) for item in batch]
         return tuple(items) if isinstance(batch, tuple) else items
     return batch
-
-
-def check_alike(mine: Mapping[str, Tensor], saved: Mapping[str, Tensor], folder: Path) -> None:
-    """BadInput, naming the first tensor, unless both have the same names, shapes and types."""
-    for name in sorted({*mine, *saved}):
-        here, there = (
-            f"{list(side[name].shape)} {side[name].dtype}" if name in side else "nothing"
-            for side in (mine, saved)
-        )
-        if here != there:
-            raise BadInput(
-                f"the checkpoint {folder} is of another model: {name} is {there} there and {here} here."
-            )
 
 
 def classes(data: Data) -> int | None:

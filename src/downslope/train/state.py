@@ -1,0 +1,236 @@
+"""TrainState: everything that a training needs to go on, whoever wrote its loop."""
+
+from __future__ import annotations
+
+import platform
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from downslope.errors import BadInput
+from downslope.folder import check_name
+from downslope.state import plain_name
+from downslope.train import checkpoint
+from downslope.train.checkpoint import Folder
+from downslope.train.fingerprint import digest, fingerprint
+from downslope.train.part import Part, Told, part_of
+from downslope.train.plain import Packed, leaves, pack, unpack
+from downslope.train.random import Generators
+
+RESERVED = ("state", "manifest", "generators", "step", "counters")
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What a load did: `restored` parts; what only one side has (`missing`: the program alone, `waiting`: the
+    checkpoint alone, until the program adds it); what else did not fit (`left`, in a partial load), and the
+    numbers of the program that the checkpoint's took the place of (`changed`).
+    """
+
+    step: int
+    restored: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    waiting: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        told = [f"At step {self.step}, with {', '.join(self.restored) or 'nothing'}."]
+        told += [f"Not in the checkpoint: {', '.join(self.missing)}."] if self.missing else []
+        told += [f"Not in the program yet: {', '.join(self.waiting)}."] if self.waiting else []
+        told += [f"Left as it was: {line}." for line in self.left]
+        return "\n".join([*told, *(f"Taken from the checkpoint: {line}." for line in self.changed)])
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A state as it was, in memory of its own."""
+
+    data: Mapping[str, Any]
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    generators: Generators | None = field(repr=False)
+
+
+class TrainState:
+    """The state of a training: models, optimizers, torch's schedulers and scalers, averages, early stopping,
+    samplers, generators of your own, each under a name; `step`, and your own `counters` (plain data).
+
+    `generators`: whether the global ones of python, numpy and torch belong to it. State is matched by names
+    of parts and parameters, whatever the order in which they were made or added. The checkpoint's numbers
+    win over the program's, and what differs is told. Raises BadInput for a part that has no state.
+
+    >>> model = nn.Linear(2, 1)
+    >>> state = TrainState(model, torch.optim.AdamW(model.parameters()))
+    >>> before = state.snapshot()
+    >>> state.step, model.weight.data[:] = 5, 0.0
+    >>> state.restore(before).step, bool((model.weight == 0).any())
+    (0, False)
+    """
+
+    def __init__(
+        self, model: nn.Module | None = None, optimizer: Any = None, *, generators: bool = True, **parts: Any
+    ) -> None:
+        self.step = 0
+        self.counters: dict[str, Any] = {}
+        self.generators = generators
+        self._parts: dict[str, Part] = {}
+        self._names: dict[int, str] = {}
+        self._waiting: dict[str, Packed] = {}
+        given = {"model": model, "optimizer": optimizer, **parts}
+        for name, held in given.items():
+            if held is not None:
+                self.add(name, held)
+
+    def add(self, name: str, held: Any) -> None:
+        """Let one more part belong to the state. If a checkpoint was loaded that has it, it goes on from
+        there at once, and so do the optimizers, whose rate a new scheduler has just written.
+        """
+        if name in RESERVED or name in self._parts:
+            raise BadInput(f"the name {name!r} is taken: call it something else.")
+        check_name(name)
+        if isinstance(held, nn.Module):
+            self._names |= {id(p): f"{name}.{plain}" for plain, p in _parameters(held)}
+        self._parts[name] = part_of(name, held, self._names)
+        if name in self._waiting:
+            due = [name, *(other for other, part in self._parts.items() if part.last and other != name)]
+            self._put_back({one: self._waiting[one] for one in due if one in self._waiting}, strict=True)
+
+    @property
+    def parts(self) -> Mapping[str, Any]:
+        """What belongs to it, by name."""
+        return {name: part.held for name, part in self._parts.items()}
+
+    def save(self, folder: Folder) -> str:
+        """Write a checkpoint, durably and whole or not at all, and return the SHA-256 of its manifest.
+
+        The same state gives the same bytes. BadInput if the folder is there already, the disk refuses, or a
+        part holds what is neither a tensor nor plain data.
+        """
+        return checkpoint.write(folder, self.files(), step=self.step, world=1)
+
+    def files(self) -> dict[str, bytes]:
+        """What a checkpoint of this moment holds, by file."""
+        return files_of(self._shot(), self.step)
+
+    def load(self, folder: Folder, *, strict: bool = True, sha: str | None = None) -> Resumed:
+        """Go on from a checkpoint, and warn of numbers of the program that it replaced. Every byte is
+        verified first; `sha` is what `save` returned.
+
+        Strict raises BadInput, with nothing changed, where names, shapes or types of tensors differ; else
+        what fits is put back. Parts that the program does not have yet wait until they are added. Raises
+        Damaged, naming the file that is not as it was saved.
+        """
+        files = checkpoint.verify(folder, sha)["files"]
+        data = checkpoint.parse(folder, "state.json")
+        tensors = {
+            name.removesuffix(".safetensors"): checkpoint.tensors(folder, name)
+            for name in files
+            if name.endswith(".safetensors")
+        }
+        generators = data.get("generators")
+        made = Generators.from_data(generators) if generators is not None else None
+        try:
+            return self.restore(Snapshot(data, tensors, made), strict=strict, what=f"the checkpoint {folder}")
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, BadInput):
+                raise
+            raise checkpoint.Damaged(f"the checkpoint {folder} is damaged: state.json: {error!r}.") from None
+
+    def snapshot(self) -> Snapshot:
+        """The state at this moment, in memory of its own."""
+        shot = self._shot()
+        tensors = {
+            name: {key: tensor.clone() for key, tensor in held.items()} for name, held in shot.tensors.items()
+        }
+        return Snapshot(shot.data, tensors, shot.generators)
+
+    def restore(self, shot: Snapshot, *, strict: bool = True, what: str = "the snapshot") -> Resumed:
+        """Go on from a snapshot, which may be used again; as `load` does it."""
+        saved = {
+            name: Packed(data, dict(shot.tensors.get(name, {}))) for name, data in shot.data["parts"].items()
+        }
+        ready = {name: packed for name, packed in saved.items() if name in self._parts}
+        told = self._put_back(ready, strict, what)
+        self._waiting = saved
+        self.step = shot.data["step"]
+        self.counters = unpack(Packed(shot.data["counters"], dict(shot.tensors.get("counters", {}))))
+        if shot.generators is not None and self.generators:
+            shot.generators.restore()
+        missing = tuple(name for name in self._parts if name not in saved)
+        waiting = tuple(name for name in saved if name not in self._parts)
+        found = Resumed(self.step, tuple(ready), missing, waiting, tuple(told.wrong), tuple(told.changed))
+        if missing or found.left or found.changed:
+            warnings.warn(str(found), stacklevel=2)
+        return found
+
+    def fields(self) -> dict[str, str]:
+        """Every counter, generator and tensor by name, as text that is equal if and only if the bits are."""
+        shot = self._shot()
+        found = {"step": str(self.step)}
+        found |= {f"counter {key}": text for key, text in leaves(shot.data["counters"])}
+        if shot.generators is not None:
+            found |= generator_fields(shot.generators)
+        for name, held in shot.tensors.items():
+            found |= {f"{name} {key}": fingerprint(tensor) for key, tensor in held.items()}
+        for name, data in shot.data["parts"].items():
+            found |= {f"{name} {key}": text for key, text in leaves(data)}
+        return found
+
+    def _shot(self) -> Snapshot:
+        if lost := [name for name in self._waiting if name not in self._parts]:
+            warnings.warn(
+                f"the checkpoint that was loaded had {', '.join(lost)}, which this program never added: it "
+                "is not in what is saved now.",
+                stacklevel=3,
+            )
+            self._waiting = {}
+        packed = {name: part.pack() for name, part in self._parts.items()}
+        counters = pack(self.counters, "counters")
+        data = {
+            "schema": checkpoint.SCHEMA,
+            "step": self.step,
+            "counters": counters.data,
+            "parts": {name: one.data for name, one in packed.items()},
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
+        tensors = {name: one.tensors for name, one in packed.items() if one.tensors}
+        tensors |= {"counters": counters.tensors} if counters.tensors else {}
+        return Snapshot(data, tensors, Generators.now() if self.generators else None)
+
+    def _put_back(self, ready: Mapping[str, Packed], strict: bool, what: str = "the checkpoint") -> Told:
+        """Check everything, and only then change anything: optimizers after what writes into their rates."""
+        told = Told()
+        for name, packed in ready.items():
+            self._parts[name].check(packed, told)
+        if told.wrong and strict:
+            first = "; ".join(told.wrong[:3]) + ("; …" if len(told.wrong) > 3 else "")
+            raise BadInput(f"{what} does not fit: {first}.")
+        for name in sorted(ready, key=lambda one: self._parts[one].last):
+            self._parts[name].load(ready[name], told)
+        return told
+
+
+def files_of(shot: Snapshot, step: int) -> dict[str, bytes]:
+    """The files of a checkpoint of a snapshot: a safetensors file a part, and state.json for all else."""
+    files = {f"{name}.safetensors": checkpoint.pack(held) for name, held in shot.tensors.items()}
+    generators = None if shot.generators is None else shot.generators.data()
+    return {**files, "state.json": checkpoint.dump({**shot.data, "generators": generators})}
+
+
+def generator_fields(generators: Generators) -> dict[str, str]:
+    """The state of each generator by name, as text that is equal if and only if the bits are."""
+    found: dict[str, str] = {}
+    for name, value in generators.data().items():
+        items = value if name == "devices" else {name: value}
+        found |= {f"generator {key}": digest(str(item).encode()) for key, item in items.items()}
+    return found
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, parameter in model.named_parameters():
+        yield plain_name(name), parameter
