@@ -1,6 +1,6 @@
 import pytest
 
-from downslope.errors import BadInput, DownslopeError, UserCodeError, nearest, under
+from downslope.errors import BadInput, DownslopeError, UserCodeError, nearest, redact, under
 
 
 def test_bad_input_is_a_value_error_and_ours() -> None:
@@ -43,3 +43,12 @@ def test_nearest_suggests_one_word_or_nothing(word: str, allowed: tuple[str, ...
 
 def test_nearest_takes_any_iterable() -> None:
     assert nearest("lrr", {"lr": 0.1}) == nearest("lrr", iter(["lr"])) == " Did you mean 'lr'?"
+
+
+def test_the_value_of_a_variable_that_names_a_secret_is_hidden_wherever_it_stands(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WAREHOUSE_PASSWORD", "swordfish-9")
+    monkeypatch.setenv("API_KEY", "on")  # too short to be told from a word
+    monkeypatch.setenv("PLACE", "a harbour")
+    assert redact("no swordfish-9 in a harbour, come on") == "no [hidden] in a harbour, come on"

@@ -306,6 +306,18 @@ with RunFolder(sys.argv[1]):
     time.sleep(600)
 """
 
+
+def test_an_owner_whose_lock_file_is_gone_or_new_writes_nothing_more(tmp_path: Path) -> None:
+    with RunFolder(tmp_path) as stale:
+        stale.write("result.json", b"1")
+        (tmp_path / "run.lock").unlink()
+        with pytest.raises(BadInput, match="is no longer this process's to write"):
+            stale.write("result.json", b"2")
+        with RunFolder(tmp_path), pytest.raises(BadInput, match="is no longer this process's to write"):
+            stale.write("result.json", b"2")
+    assert (tmp_path / "result.json").read_bytes() == b"1"
+
+
 FORK = """
 import os, sys, time
 from downslope.folder import RunFolder

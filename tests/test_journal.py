@@ -196,6 +196,34 @@ def test_a_second_writer_is_refused_by_the_name_of_the_first(path: Path) -> None
     Journal.open(path).close()
 
 
+@pytest.mark.parametrize("how", ["appended", "replaced", "removed"])
+def test_an_owner_that_lost_its_lock_writes_nothing_more(path: Path, how: str) -> None:
+    with Journal.open(path) as stale:
+        stale.append("step", step=0)
+        path.with_name(path.name + ".lock").unlink()
+        if how == "appended":
+            with Journal.open(path) as owner:
+                owner.append("step", step=1)
+        else:
+            path.rename(path.with_name("elsewhere"))
+        if how == "replaced":
+            written(path, 2)
+        before = path.read_bytes() if path.exists() else None
+        said = "cannot append" if how == "removed" else "another process has written the journal"
+        for use in (stale.check, lambda: stale.append("step", step=1)):
+            with pytest.raises(BadInput, match=f"{said}|closed since another process wrote it"):
+                use()
+        assert (path.read_bytes() if path.exists() else None) == before
+
+
+def test_what_an_error_quotes_is_written_without_its_secrets(path: Path) -> None:
+    with Journal.open(path) as journal:
+        journal.append("failed", reason="PASSWORD=HUNTER2", trace="at https://ann:HUNTER2@host", note="a=b")
+    (event,) = read(path)
+    assert (event["reason"], event["note"]) == ("PASSWORD=[hidden]", "a=b")
+    assert b"HUNTER2" not in path.read_bytes()
+
+
 FORK = """
 import os
 from downslope.journal import Journal

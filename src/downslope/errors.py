@@ -4,9 +4,26 @@ A fault of the input ends in one sentence and exit code 2, a fault of the user's
 traceback and exit code 1. Whatever else escapes is a fault of ours.
 """
 
+import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+
+_NAMED = r"[\w-]*(?:token|key|secret|password|passwd)[\w-]*"
+_SECRETS = (
+    (re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^\s/@]+@"), r"\1[hidden]@"),
+    (re.compile(rf"(?i)({_NAMED}[\"']?\s*[=:]\s*)(?:\"[^\"]*\"|'[^']*'|\S+)"), r"\1[hidden]"),
+    (re.compile(r"(?i)\b(bearer\s+)[\w.~+/=-]+"), r"\1[hidden]"),
+    (
+        re.compile(
+            r"\b(?:gh[pousr]_|github_pat_|glpat-|hf_|sk-|xox[abeprs]-|AKIA|ASIA|AIza|pypi-)[\w-]{8,}"
+            r"|\beyJ[\w-]+\.[\w-]+\.[\w-]+"
+        ),
+        "[hidden]",
+    ),
+)
+_SHORTEST = 6  # characters of a variable's value that may be a secret; a shorter one is in every other word
 
 
 class DownslopeError(Exception):
@@ -67,3 +84,20 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
         return ""
     matches = get_close_matches(word, list(allowed), n=1)
     return f" Did you mean {matches[0]!r}?" if matches else ""
+
+
+def redact(text: str) -> str:
+    """Hide what looks like a password, a key or a token: error texts and commands quote the user's world.
+
+    That is passwords in addresses, values behind such names, tokens of a known form, and wherever they stand
+    the values of environment variables with such names. Not for texts that must keep every word.
+
+    >>> redact("GET https://ann:hunter2@host/data failed, API_TOKEN=abc")
+    'GET https://[hidden]@host/data failed, API_TOKEN=[hidden]'
+    """
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST and re.fullmatch(_NAMED, name, re.IGNORECASE):
+            text = text.replace(value, "[hidden]")
+    for pattern, replacement in _SECRETS:
+        text = pattern.sub(replacement, text)
+    return text

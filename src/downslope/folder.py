@@ -140,6 +140,7 @@ class Lock:
     """
 
     def __init__(self, path: str | os.PathLike[str], what: str) -> None:
+        self._path, self._what = path, what
         with disk(f"lock {what}"):
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             self._file: int | None = os.open(path, flags, 0o600)
@@ -157,6 +158,15 @@ class Lock:
             except BaseException:
                 self.close()
                 raise
+
+    def check(self) -> None:
+        """BadInput if the right is gone: the file that stands for it was removed, or is another by now."""
+        try:
+            mine = self._file is not None and os.path.samestat(os.fstat(self._file), os.lstat(self._path))
+        except OSError:
+            mine = False
+        if not mine:
+            raise BadInput(f"{self._what} is no longer this process's to write: {self._path} is gone or new.")
 
     def close(self) -> None:
         """Give the right back; twice is once."""
@@ -208,7 +218,8 @@ class RunFolder:
                     Path(folder, name).unlink(missing_ok=True)
 
     def write(self, name: str, data: bytes) -> None:
-        """Put a file into the folder, durably and whole or not at all."""
+        """Put a file into the folder, durably and whole or not at all. BadInput if it is another's by now."""
+        self._lock.check()
         write_file(self.path / check_name(name), data)
 
     def close(self) -> None:

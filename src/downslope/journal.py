@@ -19,13 +19,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
-from downslope.errors import BadInput
+from downslope.errors import BadInput, redact
 from downslope.folder import Lock, disk, read_file, sync_folder, write_all, write_file
 
 Event: TypeAlias = dict[str, Any]
 """One line: "seq" (from 0, without gaps), "kind", "time", and the fields it was appended with."""
 
 _OWN = ("seq", "kind", "time")
+_QUOTING = ("reason", "trace")  # fields in which an error may quote the user's passwords
 _START = re.compile(rb'(?=[0-9a-f]{8} \{"seq":\d)')
 _LINE = re.compile(rb'([0-9a-f]{8}) (\{"seq":(\d{1,15}),[^\n]*)\n')
 
@@ -53,6 +54,7 @@ class Journal:
         try:
             self._file: int | None
             self._file, events, size, self.dropped = _open(self.path)
+            self._inode = os.fstat(self._file).st_ino
         except BaseException:
             self._lock.close()
             raise
@@ -60,7 +62,7 @@ class Journal:
         self._since: float = events[-1]["time"] if events else 0.0
         self._opened = time.monotonic()
         self._process = os.getpid()
-        self._failed = False
+        self._failed = ""  # why, if no more can be appended
         self._turn = threading.Lock()
 
     @classmethod
@@ -71,18 +73,20 @@ class Journal:
     def append(self, kind: str, /, sync: bool = True, **fields: Any) -> int:
         """Write one event and return its "seq"; on disk when this returns, unless `sync` is False.
 
-        Fields are plain JSON data; NaN and infinities survive. BadInput if one is not, or if the disk
+        Fields are plain JSON data; NaN and infinities survive; in "reason" and "trace" what looks like a
+        secret is hidden. BadInput if one is not, if another process has written the journal, or if the disk
         refuses: then the event is not in the journal, and the journal must be opened again.
         """
         if taken := [name for name in _OWN if name in fields]:
             raise BadInput(
                 f"a field of an event cannot be called {taken[0]!r}: the journal writes that itself."
             )
+        told = {name: redact(fields[name]) for name in _QUOTING if isinstance(fields.get(name), str)}
         with self._turn:
             file = self._ready()
             seq, size = self._end
             now = self._since + time.monotonic() - self._opened
-            line = _line({"seq": seq, "kind": kind, "time": now, **fields})
+            line = _line({"seq": seq, "kind": kind, "time": now, **fields, **told})
             try:
                 with self._giving_up(f"append to {self.path}"):
                     write_all(file, line)
@@ -96,6 +100,15 @@ class Journal:
                     os.ftruncate(file, self._end[1])
                 raise
             return seq
+
+    def check(self) -> None:
+        """BadInput unless this process alone has written the journal since it opened it.
+
+        A lock can be lost: its file was deleted, the file system has none. Whoever then wrote here is the
+        owner, and this one must leave everything as it is. Ask before writing what an event will vouch for.
+        """
+        with self._turn:
+            self._ready()
 
     def sync(self) -> None:
         """Force to disk what was appended with `sync=False`. BadInput if the disk refuses."""
@@ -123,11 +136,16 @@ class Journal:
 
     def _ready(self) -> int:
         if self._file is None or self._failed:
-            raise BadInput(f"the journal {self.path} is closed{' since the disk refused' * self._failed}.")
+            raise BadInput(f"the journal {self.path} is closed{self._failed}.")
         if os.getpid() != self._process:
             raise BadInput(
                 f"the journal {self.path} was opened by process {self._process}, which alone may write."
             )
+        with disk(f"append to {self.path}"):
+            found = os.stat(self.path)
+        if (found.st_ino, found.st_size) != (self._inode, self._end[1]):
+            self._failed = " since another process wrote it"
+            raise BadInput(f"another process has written the journal {self.path}: this one stops.")
         return self._file
 
     @contextmanager
@@ -137,7 +155,8 @@ class Journal:
             with disk(doing):
                 yield
         except BadInput as error:
-            self._failed = isinstance(error.__cause__, OSError)
+            if isinstance(error.__cause__, OSError):
+                self._failed = " since the disk refused"
             raise
 
 

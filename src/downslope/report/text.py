@@ -3,29 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 import unicodedata
+
+from downslope.errors import redact as redact  # a page hides what a journal hides
 
 _HIDDEN = frozenset(
     {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 )  # control, format (bidi, zero width), unassigned ...
-_SECRETS = (
-    (re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^\s/@]+@"), r"\1[hidden]@"),
-    (
-        re.compile(
-            r"(?i)([\w-]*(?:token|key|secret|password|passwd)[\w-]*[\"']?\s*[=:]\s*)(?:\"[^\"]*\"|'[^']*'|\S+)"
-        ),
-        r"\1[hidden]",
-    ),
-    (re.compile(r"(?i)\b(bearer\s+)[\w.~+/=-]+"), r"\1[hidden]"),
-    (
-        re.compile(
-            r"\b(?:gh[pousr]_|github_pat_|glpat-|hf_|sk-|xox[abeprs]-|AKIA|ASIA|AIza|pypi-)[\w-]{8,}"
-            r"|\beyJ[\w-]+\.[\w-]+\.[\w-]+"
-        ),
-        "[hidden]",
-    ),
-)
 
 
 def clip(text: str, length: int = 300) -> str:
@@ -50,17 +34,6 @@ def visible(text: str) -> str:
 
 def _code(character: str) -> str:
     return f"[U+{ord(character):04X}]"
-
-
-def redact(text: str) -> str:
-    """Hide what looks like a password, a key or a token: error texts and commands quote the user's world.
-
-    >>> redact("GET https://ann:hunter2@host/data failed, API_TOKEN=abc")
-    'GET https://[hidden]@host/data failed, API_TOKEN=[hidden]'
-    """
-    for pattern, replacement in _SECRETS:
-        text = pattern.sub(replacement, text)
-    return text
 
 
 def number(value: float | None, digits: int = 3) -> str:

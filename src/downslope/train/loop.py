@@ -121,6 +121,7 @@ class Loop:
     def _save(self) -> None:
         """A checkpoint is acknowledged by its event; only then, and verified, may an older one go."""
         name = f"step-{self.state.step:09d}"
+        self.journal.check()
         sha = self.state.save(self.folder / name)
         self.journal.append("checkpoint", step=self.state.step, name=name, sha=sha)
         self._saved_at, self._saved = self.state.step, time.monotonic()
