@@ -1,0 +1,130 @@
+"""Joining the ranks that torchrun, or `downslope train --nproc`, has started, and leaving them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from downslope.errors import BadInput
+from downslope.parallel.child import PARENT, die_with_parent
+from downslope.parallel.ranks import ALONE, Ranks, lost
+from downslope.parallel.watchdog import PATIENCE
+
+VERDICT = 64
+"""Added to the exit code of a rank that ended as every new start of it would: the input or the user's code is
+wrong. Any other code means that starting again may help.
+"""
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_INTERFACES = ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+
+class Place(NamedTuple):
+    """Which process of how many this is, over all machines (`rank`) and on this one (`local`)."""
+
+    rank: int
+    world: int
+    local: int
+
+
+def place() -> Place:
+    """This process as torchrun's variables RANK, WORLD_SIZE and LOCAL_RANK say; alone without them.
+
+    BadInput for numbers that make no sense together.
+    """
+    told = os.environ.get("RANK"), os.environ.get("WORLD_SIZE"), os.environ.get("LOCAL_RANK", "0")
+    if told[0] is None or told[1] is None:
+        return Place(0, 1, 0)
+    try:
+        rank, world, local = (int(number) for number in told if number is not None)
+    except ValueError:
+        rank, world, local = -1, 0, 0
+    if not 0 <= rank < world:
+        raise BadInput(f"RANK={told[0]} and WORLD_SIZE={told[1]} in the environment are no rank of a world.")
+    return Place(rank, world, local)
+
+
+@contextmanager
+def joined(shard: bool = False, patience: float = PATIENCE) -> Iterator[Ranks]:
+    """The ranks of this process, joined on entry and, if nothing was raised, left together.
+
+    A process group that is there already is used and stays. On a GPU each rank takes the one with its local
+    number, and NCCL; numbers on the CPU go by gloo. Only loopback is used where the address is one.
+    `patience`: seconds in which the others must answer. Raises Lost.
+    """
+    here = place()
+    mine = not (dist.is_available() and dist.is_initialized())
+    if here.world == 1 and mine:
+        yield ALONE
+        return
+    if mine:
+        _join(here, patience)
+    try:
+        yield _ranks(shard)
+        if mine:
+            with lost():
+                dist.barrier()
+    finally:
+        if mine:
+            with suppress(Exception):  # who lost the others cannot part from them
+                dist.destroy_process_group()
+
+
+def leave(code: int, said: str = "") -> NoReturn:
+    """End this rank at once with an exit code, everything it said flushed; `said` is the reason, if it is a
+    verdict. torch's agent is told, so that it is said once for all ranks.
+
+    gloo's threads can abort an ordinary exit, after all is done.
+    """
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if said and report and PARENT in os.environ:
+        about = {"message": said, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(report).write_text(json.dumps({"message": about}))
+    elif said:
+        sys.stderr.write(f"{said}\n")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _join(here: Place, patience: float) -> None:
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # it was started by torchrun
+        die_with_parent()
+    if os.environ.get("MASTER_ADDR") in _LOOPBACK:
+        for name in _INTERFACES:
+            os.environ.setdefault(name, "lo" if sys.platform == "linux" else "lo0")
+    backend = "gloo"
+    if torch.cuda.is_available():
+        if here.local >= torch.cuda.device_count():
+            raise BadInput(
+                f"rank {here.rank} has no GPU of its own: this machine has {torch.cuda.device_count()}."
+            )
+        torch.cuda.set_device(here.local)
+        backend = "cpu:gloo,cuda:nccl"
+    with lost():
+        dist.init_process_group(
+            backend, rank=here.rank, world_size=here.world, timeout=timedelta(seconds=patience)
+        )
+
+
+def _ranks(shard: bool) -> Ranks:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    with lost():
+        speaks = "gloo" in str(dist.get_backend_config())
+        control = dist.group.WORLD if speaks else dist.new_group(backend="gloo")
+        mesh = None
+        if shard and world > 1:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            mesh = init_device_mesh(device, (world,))
+    return Ranks(rank, world, shard and world > 1, control, mesh)
