@@ -141,7 +141,19 @@ from downslope.schedule import (
     wsd,
 )
 from downslope.tasks import Player, Task, accuracy, cross_entropy, squared_error, task, tasks
-from downslope.train import Diverged, Proof, Run, Training, losses, resume, train, verify_resume
+from downslope.train import (
+    Diverged,
+    Proof,
+    Resumed,
+    Run,
+    Snapshot,
+    Training,
+    TrainState,
+    losses,
+    resume,
+    train,
+    verify_resume,
+)
 from downslope.version import __version__
 
 __all__ = [
@@ -190,6 +202,7 @@ __all__ = [
     "RAdam",
     "RMSprop",
     "Recipe",
+    "Resumed",
     "Route",
     "Rprop",
     "Rule",
@@ -201,6 +214,7 @@ __all__ = [
     "SignSGD",
     "Signum",
     "Slot",
+    "Snapshot",
     "Sophia",
     "Standings",
     "Step",
@@ -210,6 +224,7 @@ __all__ = [
     "Teachers",
     "TextbookMomentum",
     "TopK",
+    "TrainState",
     "Training",
     "UserCodeError",
     "Yogi",

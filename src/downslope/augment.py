@@ -477,6 +477,10 @@ class EarlyStopping:
         """Settings and counters as JSON data."""
         return asdict(self)
 
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state()`, in place; BadInput for what is none."""
+        self.__dict__.update(vars(self.from_state(state)))
+
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
         """As it was when `state()` was taken; BadInput for what is none."""

@@ -6,6 +6,7 @@ from downslope.train.order import order, steps_per_epoch
 from downslope.train.player import Diverged, Move, Side
 from downslope.train.proof import Proof, verify_resume
 from downslope.train.run import Run, resume, train
+from downslope.train.state import Resumed, Snapshot, TrainState
 from downslope.train.training import Attempt, Evaluation, Training
 
 __all__ = [
@@ -15,8 +16,11 @@ __all__ = [
     "Evaluation",
     "Move",
     "Proof",
+    "Resumed",
     "Run",
     "Side",
+    "Snapshot",
+    "TrainState",
     "Training",
     "history",
     "losses",

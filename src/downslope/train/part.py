@@ -63,7 +63,7 @@ class Module(Part):
         """Its tensors by name."""
         tensors: dict[str, Tensor] = {}
         data: dict[str, Any] = {}
-        for name, value in {**self._weights(), **hidden_buffers(self.held)}.items():
+        for name, value in self._named().items():
             if isinstance(value, Tensor):
                 tensors[name] = whole(value)
             else:  # what get_extra_state gave
@@ -74,11 +74,7 @@ class Module(Part):
 
     def check(self, packed: Packed, told: Told) -> None:
         """Tell which are missing, unknown, or of another shape or type."""
-        mine = {
-            name: value
-            for name, value in {**self._weights(), **hidden_buffers(self.held)}.items()
-            if isinstance(value, Tensor)
-        }
+        mine = {name: value for name, value in self._named().items() if isinstance(value, Tensor)}
         extra = packed.data.keys()
         theirs = {name: value for name, value in packed.tensors.items() if name.split("/")[0] not in extra}
         told.wrong += unlike(self.name, mine, theirs)
@@ -103,8 +99,9 @@ class Module(Part):
                     if saved.shape == value.shape:
                         put(value, saved, name)
 
-    def _weights(self) -> dict[str, Any]:
-        return {plain_name(name): value for name, value in self.held.state_dict().items()}
+    def _named(self) -> dict[str, Any]:
+        held = {**self.held.state_dict(), **hidden_buffers(self.held)}
+        return {plain_name(name): value for name, value in held.items()}
 
 
 class Stepper(Part):
@@ -148,7 +145,9 @@ class Stepper(Part):
         if isinstance(self.held, Optimizer):
             return  # it checks the rest by itself, whole, before it changes anything
         for label, group, numbers in self._numbers(unpack(packed)["groups"], told):
-            told.changed += differences(label, group, numbers, {}, {}, one_sided=True)
+            begun = {"initial_lr": group["lr"], "max_momentum": None} if "lr" in group else {}
+            like = {**{key: value for key, value in begun.items() if key in numbers}, **group}
+            told.changed += differences(label, like, numbers, {}, {}, one_sided=True)
 
     def load(self, packed: Packed, told: Told) -> None:
         """Put back what fits, in the order and the groups of this program."""
@@ -403,6 +402,6 @@ def _own(state: Any) -> Any:
     """The same with memory of its own: what was read lies in a file."""
     if isinstance(state, Tensor):
         return state.clone()
-    if isinstance(state, dict):
+    if type(state) is dict:
         return {key: _own(value) for key, value in state.items()}
     return [_own(value) for value in state] if type(state) is list else state
