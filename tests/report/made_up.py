@@ -3,9 +3,11 @@
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from random import Random
+from types import MappingProxyType
 
 from downslope.journal import Journal
 
@@ -220,8 +222,18 @@ class Race:
         return json.dumps(data).encode()
 
 
-def training(folder: Path, text: str = "", *, finished: bool = True, steps: int = STEPS) -> None:
-    """A made-up training with two skipped updates."""
+GAME = {"critic": (1, 0.005), "maker": (5, 0.001)}
+
+
+def training(
+    folder: Path,
+    text: str = "",
+    *,
+    finished: bool = True,
+    steps: int = STEPS,
+    players: Mapping[str, tuple[int, float]] = MappingProxyType({}),
+) -> None:
+    """A made-up training with two skipped updates; of `players`, each with its cadence and peak rate."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.toml").write_text(recipe("adamw", 0.003, f"# {text}\n"), "utf-8")
     random = Random(5)
@@ -238,7 +250,14 @@ def training(folder: Path, text: str = "", *, finished: bool = True, steps: int 
         for step in range(1, steps + 1):
             lr = 0.003 * min(1, step / 20) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
             loss = 2.3 * math.exp(-0.015 * step) + 0.02 + 0.03 * random.random()
-            journal.append("step", sync=False, step=step, loss=loss, lr=lr, seconds=0.011 * step)
+            moves = {
+                name + text: {"loss": loss * (place + 1), "lr": peak * lr / 0.003}
+                for place, (name, (every, peak)) in enumerate(players.items())
+                if step % every == 0
+            }
+            told = {"loss": sum(move["loss"] for move in moves.values()), "players": moves} if moves else {}
+            fields = {"loss": loss, "lr": lr, "seconds": 0.011 * step, **told}
+            journal.append("step", sync=False, step=step, **fields)
             if step in (60, 61):
                 journal.append("skip", sync=False, step=step, names=["conv.weight" + text])
             if step % 20 == 0:

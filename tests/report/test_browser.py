@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from report.chromium import CHROMIUM, Browser
-from report.made_up import Race, training
+from report.made_up import GAME, Race, training
 from report.test_page import HOSTILE
 
 from downslope.report import report
@@ -55,6 +55,13 @@ def one_training(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return report(folder)
 
 
+@pytest.fixture(scope="module")
+def game(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("game")
+    training(folder, players=GAME)
+    return report(folder)
+
+
 def painted(browser: Browser, selector: str) -> int:
     """How many of these have an area on the screen."""
     every = f"[...document.querySelectorAll({json.dumps(selector)})]"
@@ -63,7 +70,7 @@ def painted(browser: Browser, selector: str) -> int:
 
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [360, 768, 1400])
-@pytest.mark.parametrize("kind", ["race", "one_training"])
+@pytest.mark.parametrize("kind", ["race", "one_training", "game"])
 def test_it_opens_without_a_complaint_a_request_or_a_sideways_scroll(
     browser: Browser, request: pytest.FixtureRequest, kind: str, width: int, dark: bool
 ) -> None:
@@ -114,8 +121,10 @@ def test_switches_choose_the_panel(browser: Browser, race: Path) -> None:
                 assert painted(browser, f"[data-panel={quantity}-{against}-{scale}] .line") > 8
 
 
-def test_every_panel_that_there_is_has_its_switch(browser: Browser, race: Path, one_training: Path) -> None:
-    for path in (race, one_training):
+def test_every_panel_that_there_is_has_its_switch(
+    browser: Browser, race: Path, one_training: Path, game: Path
+) -> None:
+    for path in (race, one_training, game):
         browser.open(path)
         panels = browser.run("[...document.querySelectorAll('.curves .panel')].map(p => p.dataset.panel)")
         seen = set()
@@ -136,6 +145,32 @@ def test_a_legend_box_hides_its_lines_and_only_those(browser: Browser, race: Pat
     assert painted(browser, "[data-panel=train-steps-log] .line") == before - mine
     browser.run("document.querySelector('[data-key=faint]').click()")
     assert painted(browser, "[data-panel=train-steps-log] .line") == 7
+
+
+def test_every_player_has_a_line_in_losses_and_in_rates_and_a_box_beside_each(
+    browser: Browser, game: Path
+) -> None:
+    browser.open(game)
+    colour = "getComputedStyle(document.querySelector('{}')).stroke"
+    for panel, names in (
+        ("train-steps-log", ["critic", "maker", "validation", "every batch"]),
+        ("rate-steps-linear", ["critic", "maker"]),
+    ):
+        lines = f"[data-panel={panel}] .line:not(.faint)"
+        assert painted(browser, lines) == 2
+        strokes = {browser.run(colour.format(f"{lines}.k{key}")) for key in (0, 1)}
+        assert len(strokes) == 2
+        section = f"document.querySelector('[data-panel={panel}]').closest('section')"
+        boxes = f"[...{section}.querySelectorAll('.legend label')]"
+        assert browser.run(f"{boxes}.map(label => label.textContent.trim())") == names
+    browser.run("document.querySelector('#schedule [data-key=\"1\"]').click()")
+    assert painted(browser, "#schedule .line") == 1
+    assert painted(browser, "[data-panel=train-steps-log] .line:not(.faint)") == 2
+    browser.run("document.querySelector('#curves [data-key=\"0\"]').click()")
+    assert painted(browser, "#schedule .line") == 1
+    assert painted(browser, "[data-panel=train-steps-log] .k0") == 0
+    browser.move(*point(browser, "[data-panel=train-steps-log] path.line.k1:not(.faint)"))
+    assert browser.run("document.getElementById('tip').textContent").startswith("maker")
 
 
 def point(browser: Browser, selector: str) -> tuple[float, float]:

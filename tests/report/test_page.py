@@ -5,19 +5,23 @@ import hashlib
 import json
 import math
 import re
+import runpy
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from report.made_up import Race, training
+from report.made_up import GAME, Race, training
 
+import downslope as ds
 from downslope.errors import BadInput
 from downslope.journal import Journal, read
 from downslope.report import report
@@ -208,7 +212,7 @@ def test_what_a_crash_took_back_is_not_drawn(tmp_path: Path) -> None:
     seen = check(page(tmp_path))
     assert "The training of digits-cnn is at step 1" in seen.text
     series = json.loads(seen.blocks["script"][0])["series"]
-    assert {s["tracks"]["train"]["values"][-1] for s in series} == {0.5}
+    assert {s["tracks"]["train"]["values"][-1] for s in series if "train" in s["tracks"]} == {0.5}
 
 
 def test_a_training_that_failed_says_why(tmp_path: Path) -> None:
@@ -229,11 +233,74 @@ def test_a_training_tells_what_it_reached_and_what_it_skipped(tmp_path: Path) ->
     assert seen.tags.count("pre") == 3
 
 
+def drawn(seen: Seen, quantity: str) -> dict[str, dict[str, list[float]]]:
+    """The tracks of this quantity that the page draws, by the name of their line."""
+    series = json.loads(seen.blocks["script"][0])["series"]
+    return {s["name"]: s["tracks"][quantity] for s in series if quantity in s["tracks"]}
+
+
+def test_of_several_players_each_loss_and_rate_is_drawn_and_never_their_sum(tmp_path: Path) -> None:
+    training(tmp_path, players=GAME)
+    seen = check(page(tmp_path))
+    steps = {e["step"]: e for e in read(tmp_path / "journal.jsonl") if e["kind"] == "step"}
+    for name, every in (("critic", 1), ("maker", 5)):
+        batches, rates = drawn(seen, "train")[f"{name}, one batch"], drawn(seen, "rate")[name]
+        assert batches["steps"] == rates["steps"] == list(range(every, 401, every))
+        own = [steps[step]["players"][name] for step in batches["steps"]]
+        assert batches["values"] == pytest.approx([move["loss"] for move in own], rel=1e-5)
+        assert rates["values"] == pytest.approx([move["lr"] for move in own], rel=1e-5)
+    assert set(drawn(seen, "train")) == {"critic", "maker", "critic, one batch", "maker, one batch"}
+    assert set(drawn(seen, "valid")) == {"validation"}
+    assert "critic and maker; a step is a round of them" in seen.text
+    for own_steps in ('"critic"), steps=400', '"maker"), steps=80'):
+        assert own_steps in seen.text
+
+
+def test_what_the_page_says_of_players_in_a_loop_of_ones_own_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training(tmp_path, players=GAME)
+    task = ds.task("digits-gan")
+    task.recipe.save(tmp_path / "recipe.toml")
+    html = page(tmp_path)
+    loop = re.search(r'<pre id="python"[^>]*><code>(.*?)</code>', html, re.DOTALL)
+    assert loop
+    (tmp_path / "loop.py").write_text(unescape(loop[1]))
+    monkeypatch.chdir(tmp_path)
+    model, losses = task.model(), {name: player.loss for name, player in task.players.items()}
+    given = {"model": model, "losses": losses, "batches": [(task.train[0][:32],)] * 5}
+    before = [parameter.clone() for parameter in model.parameters()]
+    made = runpy.run_path("loop.py", given)
+    assert {name: optimizer.steps for name, optimizer in made["optimizers"].items()} == {
+        "critic": 5,
+        "maker": 5,
+    }
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in made["optimizers"].values()]
+    assert rates == pytest.approx([0.0025 * (1 + math.cos(math.pi * 5 / n)) for n in (400, 80)])
+    assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_rates_that_are_one_all_along_are_one_line(tmp_path: Path) -> None:
+    training(tmp_path, players={"critic": (1, 0.005), "maker": (1, 0.005), "judge": (1, 0.001)})
+    assert set(drawn(check(page(tmp_path)), "rate")) == {"critic and maker", "judge"}
+    training(tmp_path / "two", players={"critic": (1, 0.005), "maker": (1, 0.005)})
+    assert "every applied update of critic and maker used" in check(page(tmp_path / "two")).text
+
+
+def test_more_players_than_colours_are_told_and_not_drawn(tmp_path: Path) -> None:
+    training(tmp_path, players={f"p{i}": (1, 0.001 * (i + 1)) for i in range(30)})
+    seen = check(page(tmp_path))
+    assert "The first 12 of 30 players are drawn" in seen.text
+    assert len(drawn(seen, "rate")) == 12
+
+
 @pytest.mark.parametrize("text", HOSTILE)
 @pytest.mark.parametrize("kind", ["race", "training", "unfinished"])
 def test_what_a_journal_says_is_text_and_nothing_else(tmp_path: Path, text: str, kind: str) -> None:
     if kind == "training":
-        training(tmp_path, text)
+        training(tmp_path, text, players=GAME)
+        names = json.loads(check(page(tmp_path)).blocks["script"][0])["series"]
+        assert visible(f"critic{text}") in [series["name"] for series in names]
     else:
         Race(tmp_path, text, finished=kind == "race")
     seen = check(page(tmp_path))
@@ -407,14 +474,14 @@ def put(value: Any, path: tuple[Any, ...], strange: object) -> Any:
     return changed
 
 
-@pytest.fixture(scope="module", params=["race", "training"])
+@pytest.fixture(scope="module", params=["race", "training", "game"])
 def events(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """A short journal in which every kind of event is."""
     folder = tmp_path_factory.mktemp("whole")
     if request.param == "race":
         Race(folder)
     else:
-        training(folder, steps=62)
+        training(folder, steps=62, players=GAME if request.param == "game" else {})
     kinds: Counter[str] = Counter()
     few = []
     for event in read(folder / "journal.jsonl"):

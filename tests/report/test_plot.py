@@ -42,6 +42,15 @@ def test_a_logarithm_leaves_out_what_has_none() -> None:
     assert path([0, 0.5, 1], [0.1, 0.0, -1.0], UNIT, Axis(0.1, 1, log=True)) == "M0 1000h0"
 
 
+def test_a_negative_loss_is_drawn_on_the_logarithmic_side_too() -> None:
+    """As a critic's of Wasserstein is, or a log-likelihood of a density."""
+    log, linear, *_ = panels([Series("a", 0, {"train": track([0.5, -2.0, -3.0])})], [LOSS])
+    assert log.key == "train-steps-log"
+    assert log.title == "Training loss, linear: a negative one has no logarithm"
+    assert (log.y, log.paths) == (linear.y, linear.paths)
+    assert linear.title == "Training loss"
+
+
 @settings(deadline=None)
 @given(st.lists(st.floats(), min_size=1, max_size=50))
 def test_a_path_is_made_of_whole_numbers_only(values: list[float]) -> None:

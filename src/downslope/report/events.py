@@ -224,13 +224,24 @@ class Start(Record):
     higher_is_better: bool = True
 
 
-class Step(Record):
-    """The training loss of one applied update, and the learning rate it used."""
+class Move(Record):
+    """One player's update in a step of several: its loss, and the learning rate it used."""
 
-    step: Count
     loss: Number
     lr: float | None = None
+
+
+class Step(Move):
+    """The training loss of one applied update, and the learning rate it used; of several players, the sum."""
+
+    step: Count
     seconds: Number = math.nan
+    players: dict[Words, Move] = Field(default_factory=dict)  # those that were updated
+
+    def of(self, player: str) -> Step:
+        """The step as this player made it."""
+        move = self.players[player]
+        return Step(step=self.step, seconds=self.seconds, loss=move.loss, lr=move.lr)
 
 
 class Skip(Record):

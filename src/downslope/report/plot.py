@@ -134,16 +134,20 @@ def panels(
 def panel(
     series: Sequence[Series], quantity: Quantity, against: str, log: bool, marks: Sequence[Track] = ()
 ) -> Panel:
-    """Draw one quantity of all series."""
+    """Draw one quantity of all series; linear after all, and saying so, where strong lines are negative."""
     drawn = [
         (i, getattr(t, against), t.values) for i, s in enumerate(series) if (t := s.tracks.get(quantity.key))
     ]
+    shown = _shown(series, drawn)
+    flip = log and quantity.flip
+    negative = log and not flip and any(v < 0 for v in shown)
     x = spanning((v for _, xs, _ in drawn for v in xs), zero=True)
-    y = spanning(_shown(series, drawn), log=log, percent=quantity.percent, flip=log and quantity.flip)
+    y = spanning(shown, log=log and not negative, percent=quantity.percent, flip=flip)
+    told = ", by the logarithm of its error" if flip else ", linear: a negative one has no logarithm"
     return Panel(
         key="-".join((quantity.key, against, "log" if log else "linear")),
         name=quantity.name,
-        title=(quantity.title or quantity.name) + (", by the logarithm of its error" if y.flip else ""),
+        title=(quantity.title or quantity.name) + (told if flip or negative else ""),
         quantity=quantity.key,
         against=against,
         x=x,

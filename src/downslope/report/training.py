@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +14,12 @@ from downslope.journal import Event
 from downslope.report import events as ev
 from downslope.report.curves import SMOOTH, quantities
 from downslope.report.plot import Quantity, Series, Track, panel, panels
-from downslope.report.text import duration, number, plural, redact
+from downslope.report.text import clip, duration, listing, number, plural, redact
 from downslope.report.view import Curves, Fact, Legend, Metric, Page, Recipe, Schedule
 from downslope.train.history import history
 
 POINTS = 600  # a training has the page to itself
+MOST_PLAYERS = 12  # beyond, their lines could not be told apart
 LARGEST_RECIPE = 2**20  # bytes; the same limit as for reading a recipe
 
 
@@ -54,6 +55,7 @@ class Log:
         self.steps = [steps[step] for step in sorted(steps)]
         self.valid = [valid[step] for step in sorted(valid)]
         self.skips = [skips[step] for step in sorted(skips)]
+        self.players = list(dict.fromkeys(name for step in self.steps for name in step.players))
         percent = "accuracy" in self.start.metric.lower() and all(0 <= v.metric <= 1 for v in self.valid)
         self.metric = Metric(self.start.metric, self.start.higher_is_better, percent)
 
@@ -79,12 +81,10 @@ class Log:
 def training_page(events: Iterable[Event], folder: Path) -> Page:
     """Everything the page of one training says."""
     log = Log(events, str(folder / "journal.jsonl"))
-    series = _series(log)
-    skips = _skips(log)
-    loss, *others = quantities(log.metric)
-    legend = [Legend(s.name, s.hue) for s in series if not s.faint]
-    drawn = panels(series, [replace(loss, name="Loss"), *(q for q in others if q.key == "metric")], skips)
-    schedule = [panel(series, RATE, "steps", False, skips)] if any("rate" in s.tracks for s in series) else []
+    series, skips = _series(log), _skips(log)
+    loss, valid, *others = quantities(log.metric)
+    drawn = panels(series, [replace(loss, name=_LOSS[len(log.players) > 0]), valid, *others], skips)
+    lines = [s for s in series if not s.faint and RATE.key not in s.tracks]
     return Page(
         kind="training",
         task=log.start.task or folder.name,
@@ -97,40 +97,86 @@ def training_page(events: Iterable[Event], folder: Path) -> Page:
         highlights=_highlights(log),
         notes=_notes(log),
         series=series,
-        curves=Curves(_LEAD, drawn, legend, "every batch") if drawn else None,
-        schedule=Schedule("The rate that every applied update used.", schedule) if schedule else None,
+        curves=Curves(_lead(log), drawn, _legend(lines), "every batch") if drawn else None,
+        schedule=_schedule(log, series, skips),
         recipe=_recipe(log, folder / "recipe.toml"),
     )
 
 
 _COMMAND = ("downslope", "train", "--recipe", "recipe.toml")
-_LEAD = f"Training loss is a running mean over {100 * SMOOTH:g} % of the training; every batch is behind it."
+_WHOSE = ("Training", "Each player's")
+_LOSS = ("Loss", "Players' losses")
 RATE = Quantity("rate", "Learning rate", log=False)
 
 
+def _lead(log: Log) -> str:
+    many = len(log.players)
+    lead = f"{_WHOSE[many > 0]} loss is a running mean over {100 * SMOOTH:g} % of the training; "
+    lead += "every batch is behind it."
+    if many > MOST_PLAYERS:
+        lead += f" The first {MOST_PLAYERS} of {many} players are drawn."
+    return lead
+
+
+def _legend(series: Sequence[Series]) -> list[Legend]:
+    return [Legend(s.name, s.hue) for s in series]
+
+
+def _schedule(log: Log, series: Sequence[Series], skips: Sequence[Track]) -> Schedule | None:
+    rates = [s for s in series if RATE.key in s.tracks]
+    if not rates:
+        return None
+    whose = f" of {rates[0].name}" if log.players and len(rates) == 1 else ""
+    drawn = [panel(series, RATE, "steps", False, skips)]
+    legend = _legend(rates) if len(rates) > 1 else []
+    return Schedule(f"The rate that every applied update{whose} used.", drawn, legend)
+
+
+def _lines(log: Log) -> dict[str, list[ev.Step]]:
+    """What was updated in which steps: the model, or the parts of several players."""
+    if not log.players:
+        return {"training": log.steps} if log.steps else {}
+    drawn = log.players[:MOST_PLAYERS]
+    return {name: [step.of(name) for step in log.steps if name in step.players] for name in drawn}
+
+
 def _series(log: Log) -> list[Series]:
-    """Each batch in the background; its running mean, the validation and the learning rate over it."""
-    batches, training, validation = {}, {}, {}
-    if log.steps:
-        at = tuple(float(s.step) for s in log.steps)
-        clock = tuple(s.seconds for s in log.steps)
-        losses = Track(at, clock, tuple(s.loss for s in log.steps))
-        batches["train"] = losses.thinned(POINTS)
-        training["train"] = losses.smooth(SMOOTH * max(log.start.steps, log.last_step)).thinned(POINTS)
-        if any(s.lr is not None for s in log.steps):
-            rates = tuple(math.nan if s.lr is None else s.lr for s in log.steps)
-            training["rate"] = Track(at, clock, rates).thinned(POINTS)
-    if log.valid:
-        at = tuple(float(v.step) for v in log.valid)
-        clock = tuple(v.seconds for v in log.valid)
-        validation["train"] = Track(at, clock, tuple(v.loss for v in log.valid)).thinned(POINTS)
-        validation["metric"] = Track(at, clock, tuple(v.metric for v in log.valid)).thinned(POINTS)
-    drawn = [
-        Series("one batch", 0, batches, faint=True),
-        Series("training", 0, training),
-        Series("validation", 1, validation),
+    """Each batch in the background; the running means, the validation and the learning rates over it."""
+    span = SMOOTH * max(log.start.steps, log.last_step)
+    lines = _lines(log)
+    batches, means = [], []
+    for hue, (name, steps) in enumerate(lines.items()):
+        losses = _track(steps, [s.loss for s in steps])
+        batches.append(Series(f"{name}, one batch", hue, {"train": losses.thinned(POINTS)}, faint=True))
+        means.append(Series(name, hue, {"train": losses.smooth(span).thinned(POINTS)}))
+    return [*batches, *means, *_validation(log, max(1, len(lines))), *_rates(lines)]
+
+
+def _validation(log: Log, hue: int) -> list[Series]:
+    """Over the training's loss, if that is one: of several players it is the sum."""
+    if not log.valid:
+        return []
+    loss = _track(log.valid, [v.loss for v in log.valid]).thinned(POINTS)
+    metric = _track(log.valid, [v.metric for v in log.valid]).thinned(POINTS)
+    return [Series("validation", hue, {"valid" if log.players else "train": loss, "metric": metric})]
+
+
+def _rates(lines: Mapping[str, Sequence[ev.Step]]) -> list[Series]:
+    """Rates that are one all along are one line, which would hide the others."""
+    found: dict[Track, list[str]] = {}
+    for name, steps in lines.items():
+        if any(s.lr is not None for s in steps):
+            rate = _track(steps, [math.nan if s.lr is None else s.lr for s in steps])
+            found.setdefault(rate, []).append(name)
+    hues = {name: hue for hue, name in enumerate(lines)}
+    return [
+        Series(listing(names), hues[names[0]], {RATE.key: rate.thinned(POINTS)})
+        for rate, names in found.items()
     ]
-    return [series for series in drawn if series.tracks]
+
+
+def _track(measured: Sequence[ev.Step] | Sequence[ev.Measured], values: Sequence[float]) -> Track:
+    return Track(tuple(float(m.step) for m in measured), tuple(m.seconds for m in measured), tuple(values))
 
 
 def _skips(log: Log) -> list[Track]:
@@ -182,7 +228,11 @@ def _facts(log: Log) -> list[Fact]:
     facts = [Fact("Task", log.start.task), Fact("Seed", str(log.start.seed))]
     if log.start.recipe:
         facts.append(Fact("Recipe", f"hash {log.start.recipe[:12]}"))
-    facts.append(Fact("Loss", "mean over the batch while training; mean over the whole part in validation"))
+    if log.players:
+        facts.append(Fact("Players", f"{clip(listing(log.players))}; a step is a round of them"))
+    loss = "mean over the batch while training; mean over the whole part in validation"
+    together = ", of the players' sum unless the task has a loss of its own" if log.players else ""
+    facts.append(Fact("Loss", loss + together))
     return facts
 
 
@@ -203,4 +253,9 @@ def _recipe(log: Log, path: Path) -> Recipe | None:
     if not path.is_file():
         return None
     text = read_file(path, LARGEST_RECIPE).decode("utf-8", "replace")
-    return Recipe("The recipe", "recipe.toml", text, steps=log.start.steps or log.last_step)
+    steps = log.start.steps or log.last_step
+    players = {
+        name: round(steps * sum(name in step.players for step in log.steps) / len(log.steps))
+        for name in log.players[:MOST_PLAYERS]
+    }
+    return Recipe("The recipe", "recipe.toml", text, steps, players)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from downslope.report.axis import Axis
@@ -19,6 +21,24 @@ for x, y in batches:
     loss_function(model(x), y).backward()
     optimizer.step()  # schedule, clipping and decay are inside
 """
+
+USE_OF_SEVERAL = """\
+import downslope as ds
+
+recipe = ds.Recipe.load("{file}")
+optimizers = {{  # of each player's part of your model, and for how many updates of its own you train it
+{each}
+}}
+
+for batch in batches:
+    for name, optimizer in optimizers.items():
+        optimizer.zero_grad()  # of what the others' losses left, too
+        losses[name](model, batch).backward()
+        optimizer.step()
+"""
+ONE_OF_SEVERAL = (
+    "    {name}: recipe.players.get({name}, recipe).build(model.get_submodule({name}), steps={steps}),"
+)
 
 
 @dataclass(frozen=True)
@@ -183,12 +203,13 @@ class Lanes:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe's text and how to use it."""
+    """A recipe's text and how to use it; where it has several players, the updates that each makes."""
 
     title: str
     file: str
     text: str
     steps: int
+    players: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def shown(self) -> str:
@@ -198,15 +219,22 @@ class Recipe:
     @property
     def python(self) -> str:
         """The lines that use it in a loop of one's own."""
+        each = [
+            ONE_OF_SEVERAL.format(name=json.dumps(name, ensure_ascii=False), steps=n)
+            for name, n in self.players.items()
+        ]
+        if each:
+            return USE_OF_SEVERAL.format(file=self.file, each="\n".join(each))
         return USE.format(file=self.file, steps=self.steps)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate as it was used."""
+    """The learning rate as it was used; a legend where there are several."""
 
     lead: str
     panels: list[Panel]
+    legend: list[Legend] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
