@@ -177,6 +177,18 @@ def test_a_missing_package_names_the_extra(
         log(stopped, "mlflow", tmp_path / "out")
 
 
+def test_of_several_players_each_sends_its_own() -> None:
+    players = {"critic": {"loss": 0.5, "lr": 0.01}, "maker": {"loss": 2.0, "lr": None}}
+    event = {"seq": 3, "kind": "step", "step": 7, "loss": 2.5, "lr": 0.01, "players": players}
+    assert scalars(event) == {
+        "train/loss": 2.5,
+        "train/critic/loss": 0.5,
+        "train/critic/lr": 0.01,
+        "train/maker/loss": 2.0,
+    }
+    assert scalars({**event, "players": {}}) == {"train/loss": 2.5, "train/lr": 0.01}
+
+
 def test_events_without_numbers_send_nothing() -> None:
     assert scalars({"seq": 0, "kind": "checkpoint", "step": 3}) == {}
     assert scalars({"seq": 0, "kind": "end", "step": 3, "test": None}) == {}

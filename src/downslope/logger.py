@@ -91,8 +91,13 @@ def scalars(event: Event) -> dict[str, float]:
     """
     kind = event["kind"]
     if kind == "step":
-        rate = {} if event.get("lr") is None else {"train/lr": float(event["lr"])}
-        return {"train/loss": float(event["loss"]), **rate}
+        players = {f"train/{name}": move for name, move in event.get("players", {}).items()}
+        return {"train/loss": float(event["loss"])} | {
+            f"{place}/{what}": float(move[what])
+            for place, move in (players or {"train": event}).items()
+            for what in ("loss", "lr")
+            if move.get(what) is not None
+        }
     if kind == "valid":
         return {f"valid/{name}": float(event[name]) for name in ("loss", "metric")}
     if kind == "skip":

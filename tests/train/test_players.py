@@ -178,9 +178,11 @@ def test_a_skipped_move_is_the_players_own(tmp_path: Path) -> None:
     assert run.steps == 40
 
 
-def test_the_journal_tells_every_players_loss_and_rate(tmp_path: Path) -> None:
+def test_the_journal_and_the_progress_tell_every_players_loss_and_rate(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     task = duel(every=5)
-    ds.train(task, out=tmp_path / "run", quiet=True)
+    ds.train(task, out=tmp_path / "run")
     told = [event for event in read(tmp_path / "run" / "journal.jsonl") if event["kind"] == "step"]
     seen: list[Any] = []
     Training(task, threads=None).advance(on_step=lambda attempt: seen.append(attempt))
@@ -191,6 +193,9 @@ def test_the_journal_tells_every_players_loss_and_rate(tmp_path: Path) -> None:
     assert told[4]["players"].keys() == {"critic", "maker"}
     assert told[4]["loss"] == pytest.approx(sum(player["loss"] for player in told[4]["players"].values()))
     assert told[4]["players"]["critic"]["lr"] == 0.05
+    last = {name: player["loss"] for event in told for name, player in event["players"].items()}
+    said = ", ".join(f"{name} {loss:.4g}" for name, loss in last.items())
+    assert f"step 40 of 40, loss {said}, valid loss" in capfd.readouterr().err
 
 
 def test_a_round_in_which_nobody_moved_is_no_step_and_too_many_are_the_end() -> None:

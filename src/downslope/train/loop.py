@@ -97,15 +97,17 @@ class Loop:
         if not attempts:
             return
         losses = torch.stack([attempt.loss for attempt, _ in attempts]).tolist()
-        for (attempt, seconds), loss, players in zip(attempts, losses, _players(attempts), strict=True):
+        told = _players(attempts)
+        for (attempt, seconds), loss, moves in zip(attempts, losses, told, strict=True):
             fields: dict[str, Any] = {"step": attempt.step, "loss": loss}
             if attempt.skipped:
                 named = list(attempt.skipped[:_NAMES])
                 self.journal.append("skip", sync=False, **fields, names=named, count=len(attempt.skipped))
             if attempt.applied or not attempt.skipped:
-                told = {"players": players} if players else {}
-                self.journal.append("step", sync=False, **fields, lr=attempt.lr, **told, seconds=seconds)
-        self.show.update(self.state.step, losses[-1])
+                players = {"players": moves} if moves else {}
+                self.journal.append("step", sync=False, **fields, lr=attempt.lr, **players, seconds=seconds)
+        latest = {name: move["loss"] for moves in told for name, move in moves.items()}
+        self.show.update(self.state.step, losses[-1], latest)
 
     def _validate(self) -> None:
         self.valid = self.state.evaluate("valid")
@@ -131,7 +133,7 @@ class Loop:
             checkpoint.remove(path)
 
 
-def _players(attempts: Sequence[tuple[Attempt, float]]) -> list[dict[str, dict[str, float | None]]]:
+def _players(attempts: Sequence[tuple[Attempt, float]]) -> list[dict[str, dict[str, Any]]]:
     """For each attempt, loss and rate by name of the players that were updated, where there are several."""
     named = [
         {name: move for name, move in attempt.moves.items() if name and move.applied}

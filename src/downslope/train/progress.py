@@ -1,5 +1,6 @@
 """How a training shows itself: a bar on a terminal, plain lines elsewhere, nothing if told so. On stderr."""
 
+from collections.abc import Mapping
 from typing import Self
 
 from rich.console import Console
@@ -17,6 +18,7 @@ class Show:
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._loss = self._valid = ""
+        self._players: dict[str, float] = {}
 
     def __enter__(self) -> Self:
         if self._console.is_terminal and not self.quiet:
@@ -39,9 +41,11 @@ class Show:
         """One line, whatever is shown besides."""
         self._console.print(text, markup=False, soft_wrap=True)
 
-    def update(self, step: int, loss: float) -> None:
-        """The training stands at `step`, its last loss was this."""
-        self._loss = f"loss {loss:.4g}"
+    def update(self, step: int, loss: float, players: Mapping[str, float]) -> None:
+        """The training stands at `step`, its last loss was this: the sum of what several players had last."""
+        self._players |= players
+        each = ", ".join(f"{name} {own:.4g}" for name, own in self._players.items())
+        self._loss = f"loss {each or f'{loss:.4g}'}"
         self._draw(step)
 
     def valid(self, step: int, seen: Evaluation) -> None:
