@@ -60,6 +60,10 @@ class average(Strategy):
                 raise BadInput(f"kind is one of {', '.join(KINDS)}, got {self.kind!r}.{hint}")
         return Averaging.from_data({"average": self.kind, **numbers})
 
+    def alone(self, shard: bool) -> str:
+        """The average is kept whole."""
+        return "it keeps an average of whole weights" if shard else ""
+
     def begin(self, training: Setting) -> Live:
         """The average beside the training."""
         optimizer = training.optimizer

@@ -112,25 +112,29 @@ class _Pieces(Live):
         self.items = items
 
     def parts(self, batch: Batch) -> Iterator[tuple[Batch, float]]:
-        count = _length(batch)
+        count = length(batch)
         for start in range(0, count, self.items):
-            piece = _sliced(batch, slice(start, start + self.items))
+            piece = sliced(batch, slice(start, start + self.items))
             yield piece, min(self.items, count - start) / count
 
 
-def _length(batch: Batch) -> int:
+def length(batch: Batch) -> int:
+    """How many items a batch has. BadInput unless it is made of tensors, items first."""
     if isinstance(batch, Tensor):
         return len(batch)
     if isinstance(batch, dict):
-        return _length(next(iter(batch.values())))
+        return length(next(iter(batch.values())))
     if isinstance(batch, tuple | list) and batch:
-        return _length(batch[0])
-    raise BadInput(f"[micro] takes batches of tensors, items first, got {type(batch).__name__}.")
+        return length(batch[0])
+    raise BadInput(
+        f"a batch is taken apart only if it is made of tensors, items first; got {type(batch).__name__}."
+    )
 
 
-def _sliced(batch: Batch, part: slice) -> Batch:
+def sliced(batch: Batch, part: slice) -> Batch:
+    """Those items of a batch, whatever it is nested in."""
     if isinstance(batch, Tensor):
         return batch[part]
     if isinstance(batch, dict):
-        return {key: _sliced(value, part) for key, value in batch.items()}
-    return tuple(_sliced(value, part) for value in batch)
+        return {key: sliced(value, part) for key, value in batch.items()}
+    return tuple(sliced(value, part) for value in batch)

@@ -56,7 +56,7 @@ class freeze(Strategy):
 
     `until`: globs or roles, each with the duration after which it is trained, or "never"; `every`: the
     duration between two layers. Source of the gradual form: Howard and Ruder, arXiv:1801.06146, section 3.3.
-    Not for: a model wrapped by DDP or FSDP2.
+    Not for: a model that you wrapped by DDP or FSDP2.
     """
 
     until: Mapping[str, Any] = field(default_factory=dict)
@@ -72,6 +72,10 @@ class freeze(Strategy):
         for pattern, date in self.until.items():
             with under("until", pattern):
                 _date(pattern, date)
+
+    def alone(self, shard: bool) -> str:
+        """FSDP2 decides once which weights are trained."""
+        return "FSDP2 decides once which weights are trained" if shard else ""
 
     def begin(self, training: Setting) -> Live:
         """The thaw."""

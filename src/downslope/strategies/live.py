@@ -32,6 +32,11 @@ class Company:
         """Whether any ends the training here."""
         return any(live.stopped for live in self.lives.values())
 
+    @property
+    def changes(self) -> bool:
+        """Whether any changes batches, for which it must see them whole."""
+        return any(type(live).batch is not Live.batch for live in self.lives.values())
+
     def loss(self, loss: Loss) -> Loss:
         """The loss to train by."""
         for live in self.lives.values():

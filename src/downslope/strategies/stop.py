@@ -43,6 +43,10 @@ class stop(Strategy):
             )
         self._stopping("min", 0)
 
+    def alone(self, shard: bool) -> str:
+        """The best weights are kept whole."""
+        return "with restore it keeps whole weights; restore = false goes" if shard and self.restore else ""
+
     def begin(self, training: Setting) -> Live:
         """The watch over the validations."""
         mode = "max" if self.on == "metric" and training.better else "min"

@@ -152,6 +152,12 @@ class Strategy:
             named = said if said.startswith("[") else f"[{cls.__name__}] {said}"
             raise BadInput(named, key=error.key or _culprit(cls, given)) from None
 
+    def alone(self, shard: bool) -> str:
+        """Why it does not go with a batch that several ranks share and, if `shard`, with weights that lie in
+        parts on them; empty if it does.
+        """
+        return ""
+
     def refuse(self, others: Mapping[str, Strategy]) -> None:
         """Raise BadInput, with the reason, for another strategy that this one does not combine with."""
 

@@ -85,6 +85,12 @@ class switch(Strategy):
         """As plain data, the chain as a list of tables."""
         return {**super().data(), "to": tables(self.to)}
 
+    def alone(self, shard: bool) -> str:
+        """What it keeps and measures is whole, and on this rank."""
+        if shard:
+            return "it measures and keeps whole weights"
+        return "its guard goes by the losses of one rank" if self.guard else ""
+
     def refuse(self, others: Mapping[str, Strategy]) -> None:
         """An average of the weights is not one of those that a rule evaluates."""
         own = [part.name for part in self.to.parts if part.rule.evaluation]

@@ -69,6 +69,13 @@ class teacher(Strategy):
         """The folders."""
         return (self.run,) if isinstance(self.run, str) else self.run
 
+    def alone(self, shard: bool) -> str:
+        """Items of one batch must not lie on several ranks, nor regressors learn from one rank's items."""
+        methods = [self.method] if isinstance(self.method, str) else list(self.method)
+        if related := [name for name in methods if name in _WITHIN_A_BATCH]:
+            return f"its method {related[0]!r} compares the items of a batch with each other"
+        return "regressors between layers are trained on one rank's items" if self.layers else ""
+
     def refuse(self, others: Mapping[str, Strategy]) -> None:
         """What the methods compare must be there."""
         methods = [self.method] if isinstance(self.method, str) else list(self.method)
