@@ -32,21 +32,26 @@ class Objective(nn.Module):
         self._wrapped: tuple[DistributedDataParallel, ...] = ()
         self._trained: tuple[bool, ...] = ()
 
+    @property
+    def model(self) -> nn.Module:
+        """The whole model."""
+        return self._whole[0]
+
     def forward(self, function: Function, batch: Any) -> Any:
         """The function's value."""
-        return function(self._whole[0], batch)
+        return function(self.model, batch)
 
     def of(self, function: Function, batch: Any) -> Any:
         """The value; a backward pass from it, where gradients are on, gives the mean over all ranks."""
         if not self.ranks.together:
-            return function(self._whole[0], batch)
+            return function(self.model, batch)
         if self.ranks.shard:
             value = self(function, batch)
             if not torch.is_grad_enabled():
                 reshard(self)  # the root keeps what it gathered, and would miss what is written to the parts
             return value
         wrapped = self._ddp() if torch.is_grad_enabled() else None
-        return function(self._whole[0], batch) if wrapped is None else wrapped(function, batch)
+        return function(self.model, batch) if wrapped is None else wrapped(function, batch)
 
     @contextmanager
     def piece(self, last: bool) -> Iterator[None]:

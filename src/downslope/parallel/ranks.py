@@ -101,7 +101,7 @@ class Ranks:
             alike = [tensor for tensor in held if (tensor.dtype, tensor.device) == kind]
             flat = torch.cat([tensor.detach().reshape(-1) for tensor in alike])
             with lost():
-                dist.broadcast(flat, 0)
+                dist.broadcast(flat.view(torch.uint8), 0)  # gloo does not know every type
             parts = torch.split(flat, [tensor.numel() for tensor in alike])
             with torch.no_grad():
                 for tensor, part in zip(alike, parts, strict=True):

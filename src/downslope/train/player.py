@@ -11,9 +11,10 @@ from functools import partial
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from downslope.errors import BadInput, DownslopeError, nearest
+from downslope.parallel import Objective, lost
 from downslope.recipe import Recipe
 from downslope.tasks import Batch, Task, guest
 
@@ -48,12 +49,14 @@ class Side:
     """
 
     def __init__(
-        self, task: Task, name: str, model: nn.Module, recipe: Recipe, steps: int, steps_per_epoch: int
+        self, task: Task, name: str, objective: Objective, recipe: Recipe, steps: int, steps_per_epoch: int
     ) -> None:
         player = task.players[name]
         self.name, self.every = name, player.every
         self.loss = player.loss
+        model = objective.model
         self.part = model.get_submodule(name)
+        self.objective = objective if self.part is model else Objective(model, self.part, objective.ranks)
         own = {id(parameter) for parameter in self.part.parameters()}
         self._others = [parameter for parameter in model.parameters() if id(parameter) not in own]
         self._before = f"{name}." if name else ""
@@ -71,18 +74,21 @@ class Side:
         """Whether it moves in round `step`, from 0."""
         return (step + 1) % self.every == 0
 
-    def move(self, model: nn.Module, pieces: Sequence[tuple[Batch, float]]) -> Move:
+    def move(self, pieces: Sequence[tuple[Batch, float]]) -> Move:
         """Take the gradient of its loss over a batch in pieces with their shares, and make its update."""
-        optimizer, before = self.optimizer, self.optimizer.steps
+        optimizer, objective, before = self.optimizer, self.objective, self.optimizer.steps
         lr = optimizer.param_groups[0].get("lr")
 
         def closure() -> Tensor:
-            with self._guarded():
+            with lost(), self._guarded():
                 optimizer.zero_grad()
-                losses = [_backward(self.loss(model, piece), share) for piece, share in pieces]
-                return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+                losses = []
+                for place, (piece, share) in enumerate(pieces, 1):
+                    with objective.piece(last=place == len(pieces)):
+                        losses.append(_backward(objective.of(self.loss, piece), share))
+                return objective.ranks.mean(losses[0] if len(losses) == 1 else torch.stack(losses).sum())
 
-        with self._alone():
+        with lost(), self._alone():
             if optimizer.asks_again:
                 loss = optimizer.step(closure)
             else:
@@ -119,13 +125,15 @@ class Side:
                 parameter.requires_grad_(True)
 
 
-def sides(task: Task, recipe: Recipe, model: nn.Module, steps: int, steps_per_epoch: int) -> tuple[Side, ...]:
-    """The sides of a task's players, in the order in which they move.
+def sides(
+    task: Task, recipe: Recipe, objective: Objective, steps: int, steps_per_epoch: int
+) -> tuple[Side, ...]:
+    """The sides of a task's players, in the order in which they move; `objective` is of the whole model.
 
     BadInput unless every trainable parameter of the model is one player's, and the recipe knows only these
     players and no strategy that is about one optimizer.
     """
-    names = list(task.players)
+    names, model = list(task.players), objective.model
     check_players(task, recipe)
     owner: dict[int, str] = {}
     for name in names:
@@ -143,7 +151,7 @@ def sides(task: Task, recipe: Recipe, model: nn.Module, steps: int, steps_per_ep
     for path, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in owner:
             raise BadInput(f"{path} of the model is no player's ({', '.join(names)}): who is to train it?")
-    found = tuple(Side(task, name, model, recipe, steps, steps_per_epoch) for name in names)
+    found = tuple(Side(task, name, objective, recipe, steps, steps_per_epoch) for name in names)
     for side in found if len(found) > 1 and "average" in recipe.strategies else ():
         if side.optimizer.averages:
             raise BadInput(f"the rule of {side.name} has evaluation weights of its own: leave out [average].")

@@ -6,7 +6,7 @@ the others.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from downslope.errors import BadInput
 from downslope.journal import read
 from downslope.optimizer import Optimizer
+from downslope.parallel import ALONE, Objective, Ranks, lost, sharded
 from downslope.recipe import Recipe
 from downslope.schedule import in_steps
 from downslope.strategies import Setting, begin
@@ -28,7 +29,8 @@ from downslope.train.history import history
 from downslope.train.order import order, steps_per_epoch
 from downslope.train.plan import Plan
 from downslope.train.player import Move, Side, sides
-from downslope.train.random import Generators
+from downslope.train.random import Generators, seed_all
+from downslope.train.shared import check_shared, key, shares
 from downslope.train.state import Snapshot, TrainState
 from downslope.train.surroundings import Surroundings, kept
 from downslope.train.weights import at_rest, classes, moved
@@ -94,8 +96,11 @@ class Training:
         threads: int | None = None,
         *,
         fresh: bool = True,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.task, self.recipe, self.seed = task, recipe or task.recipe, seed
+        self.ranks = ranks
+        check_shared(task, self.recipe, ranks)
         self.samples = size(task.train)
         self.steps_per_epoch = steps_per_epoch(self.samples, self.recipe.batch_size)
         self.steps = self.recipe.run_steps(self.steps_per_epoch)
@@ -142,8 +147,13 @@ class Training:
         if fresh:
             for strategy in strategies.values():
                 strategy.prepare(training)
+        self.objective = (
+            sharded(self.model, self.ranks)
+            if self.ranks.shard
+            else Objective(self.model, self.model, self.ranks)
+        )
         self.sides: tuple[Side, ...] = sides(
-            self.task, self.recipe, self.model, self.steps, self.steps_per_epoch
+            self.task, self.recipe, self.objective, self.steps, self.steps_per_epoch
         )
         training.optimizer = self.sides[0].optimizer  # several share only strategies that do not touch it
         self.company = begin(strategies, training)
@@ -236,17 +246,23 @@ class Training:
         data = {"train": self.task.train, "valid": self.task.valid, "test": self.task.test}.get(part)
         if data is None:
             raise BadInput(f"this task has no part {part!r}; there are train, valid and, if given, test.")
-        losses, metrics, counts = [], [], []
-        task, total = self.task, size(data)
-        for start in range(0, total, _EVALUATED_AT_ONCE):
-            indices = torch.arange(start, min(start + _EVALUATED_AT_ONCE, total))
-            with guest(f"The loss or metric of {task.name or 'the task'}"):
-                batch = moved(take(data, indices), self._device)
-                losses.append(float(task.loss(self.model, batch)))
-                same = task.metric is task.loss
-                metrics.append(losses[-1] if same else float(task.metric(self.model, batch)))
-            counts.append(len(indices))
+        blocks = range(0, size(data), _EVALUATED_AT_ONCE)
+        rows = []
+        for turn in range(0, len(blocks), self.ranks.world):
+            # Whoever has no block left repeats the last one, because FSDP2 gathers weights on all ranks.
+            start = blocks[min(turn + self.ranks.rank, len(blocks) - 1)]
+            rows.append(self._judged(data, start, min(start + _EVALUATED_AT_ONCE, size(data))))
+        losses, metrics, counts = zip(*self.ranks.rows(rows)[: len(blocks)], strict=True)
         return Evaluation(_mean(losses, counts), _mean(metrics, counts))
+
+    def _judged(self, data: Data, start: int, end: int) -> tuple[float, float, float]:
+        """Loss and metric of the samples from `start` to before `end`, and how many these are."""
+        task, of = self.task, self.objective.of
+        with lost(), guest(f"The loss or metric of {task.name or 'the task'}"):
+            batch = moved(take(data, torch.arange(start, end)), self._device)
+            loss = float(of(task.loss, batch))
+            metric = loss if task.metric is task.loss else float(of(task.metric, batch))
+        return loss, metric, end - start
 
     def _observe(self) -> None:
         """Validate, and tell the strategies and schedules that go by it."""
@@ -259,13 +275,25 @@ class Training:
     def save(self, folder: Folder) -> str:
         """Write a checkpoint, durably and whole or not at all, and return the SHA-256 of its manifest.
 
-        The same state gives the same bytes. BadInput if the folder is there already, or the disk refuses.
+        The same state gives the same bytes. Of several ranks, which hold the same, the first writes. BadInput
+        if the folder is there already, or the disk refuses.
         """
-        return self._counted(lambda state: state.save(folder))
+        if not self.ranks.together:
+            return self._counted(lambda state: state.save(folder))
+        files = self._counted(TrainState.files) if self.ranks.leads or self.ranks.shard else {}
+        about = {"step": self.step, "world": self.ranks.world}
+        return self.ranks.told(lambda: checkpoint.write(folder, files, **about))
 
     @classmethod
-    def load(cls, folder: Folder, task: Task, recipe: Recipe | None = None, sha: str | None = None) -> Self:
-        """The state that was saved in `folder`; `sha` is what `save` returned.
+    def load(
+        cls,
+        folder: Folder,
+        task: Task,
+        recipe: Recipe | None = None,
+        sha: str | None = None,
+        ranks: Ranks = ALONE,
+    ) -> Self:
+        """The state that was saved in `folder`, on as many ranks or others; `sha` is what `save` returned.
 
         Raises Damaged (a BadInput) naming the file that is not as it was saved, and BadInput if task or
         recipe are not those of the checkpoint.
@@ -276,7 +304,7 @@ class Training:
         if recipe is not None and recipe.hash != began.hash:
             changes = "; ".join(map(str, began.diff(recipe)))
             raise BadInput(f"the checkpoint {folder} was made by another recipe: {changes}.")
-        made = cls(task, began, saved["seed"], saved["threads"], fresh=False)
+        made = cls(task, began, saved["seed"], saved["threads"], fresh=False, ranks=ranks)
         if made.samples != saved["samples"]:
             raise BadInput(
                 f"the checkpoint {folder} saw {saved['samples']} samples, the task now has {made.samples}."
@@ -324,12 +352,13 @@ class Training:
 
     def _attempt(self) -> Attempt:
         step = self.step
-        with guest(f"The loss of {self.task.name or 'the task'}"):
-            batch = self._batch()
         self.company.before(step)
-        pieces = list(self.company.parts(batch))
-        moves = {side.name: side.move(self.model, pieces) for side in self.sides if side.due(step)}
+        pieces = self._pieces()
+        self._draw(1 + self.ranks.rank)
+        moves = {side.name: side.move(pieces) for side in self.sides if side.due(step)}
+        self.ranks.follow(self.model.buffers())
         self.batches += 1
+        self._draw(0)
         first, *others = moves.values()
         loss = sum((move.loss for move in others), start=first.loss)
         skipped = tuple(name for move in moves.values() for name in move.skipped)
@@ -341,14 +370,27 @@ class Training:
                 self._observe()
         return attempt
 
-    def _batch(self) -> Batch:
+    def _draw(self, stream: int) -> None:
+        """Among several ranks, let random numbers depend on seed, batch and stream alone. Stream 0 is common
+        to all, so that between two batches they have one state; the others are a rank's own.
+        """
+        if self.ranks.together:
+            seed_all(key(self.seed, self.batches, stream))
+
+    def _pieces(self) -> list[tuple[Batch, float]]:
+        """The pieces of the next batch, or of this rank's part of it, with what they count."""
         epoch, position, count = self.epoch, self.position, self.recipe.batch_size
         if self._order[0] != epoch:
             self._order = (epoch, order(self.samples, self.seed, epoch))
-        return self._taken(self._order[1][position * count : (position + 1) * count])
+        indices = self._order[1][position * count : (position + 1) * count]
+        if self.company.changes or isinstance(self._train, tuple) or not self.ranks.together:
+            return list(shares(self.company.parts(self._taken(indices)), self.ranks))
+        # Samples that are made one by one are made by the rank that trains on them.
+        return [(self._taken(mine), share) for mine, share in shares(self.company.parts(indices), self.ranks)]
 
     def _taken(self, indices: Tensor) -> Batch:
-        batch = take(self._train, indices)
+        with guest(f"The data of {self.task.name or 'the task'}"):
+            batch = take(self._train, indices)
         return batch if self._train is not self.task.train else moved(batch, self._device)
 
     def _first_batches(self, count: int) -> Iterator[Batch]:
@@ -381,6 +423,6 @@ def trained(folder: str) -> nn.Module:
     return state.model
 
 
-def _mean(values: list[float], counts: list[int]) -> float:
+def _mean(values: Sequence[float], counts: Sequence[float]) -> float:
     total = sum(value * count for value, count in zip(values, counts, strict=True))
     return total / sum(counts)
