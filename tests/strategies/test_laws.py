@@ -137,6 +137,36 @@ def test_a_value_of_a_wrong_type_is_refused_with_table_key_and_line(name: str, k
         ("[depth]\nrate = 0.1", 1, "[depth] needs a key 'branches'."),
         ("[depth]\nbranches = 'a'", 2, "[depth] branches is a list, got 'a'."),
         ('[normalisation]\nto = "grup"', 2, "Did you mean 'group'?"),
+        ('[normalisation]\nto = "ghost"\nsize = 1', 3, "[normalisation] size must be at least 2, got 1."),
+        ('[normalisation]\nto = "group"\ngroups = 0', 3, "[normalisation] groups must be at least 1, got 0."),
+        ('[normalisation]\nto = "ghost"\ngroups = 4', 3, "groups belongs to to = 'group', not to 'ghost'."),
+        ('[normalisation]\nto = "frozen"\nsize = 4', 3, "size belongs to to = 'ghost', not to 'frozen'."),
+        ("[rates]\ndecay = -1", 2, "[rates] decay is above 0 and at most 1, got -1; [freeze] holds a layer"),
+        ("[rates]\ndecay = 2", 2, "[rates] decay is above 0 and at most 1, got 2;"),
+        ("[rates]\nof = { stem = -1 }", 2, "[rates] of.stem multiplies a rate, a number from 0, got -1."),
+        ("[freeze]\nevery = 0", 2, "[freeze] every is at least 1 update, got 0, which freezes nothing."),
+        ("[depth]\nbranches = []", 2, "[depth] branches names residual branches, each once, got []."),
+        ("[depth]\nbranches = ['a', 'a']", 2, "each once, got ['a', 'a']."),
+        ("[dropout]\nrate = { schedule = 'linear', peak = 0.1, steps = 9, end = 2 }", 2, "to 1, got 2."),
+        ("[mix]\nclasses = 0", 2, "[mix] classes must be at least 2, got 0."),
+        ("[smoothing]\nclasses = 99999999999", 2, "[smoothing] classes must be at least 2, got 99999999999."),
+        ("[switch]\nat = 0", 2, "[switch] at must be at least 1, got 0."),
+        ("[switch]\npatience = 0", 2, "[switch] patience must be at least 1, got 0."),
+        ("[switch]\ntolerance = 0", 2, "[switch] tolerance must be above 0, got 0.0."),
+        ("[switch]\nrise = -1", 2, "[switch] rise must be at least 0, got -1.0."),
+        ("[teacher]\nrun = 'x'\nbeta = -1", 3, "[teacher] beta must be a number from 0, got -1."),
+        ("[teacher]\nrun = 'x'\naverage = 'logit'", 3, "one of probabilities, logits, got 'logit'"),
+        ("[teacher]\nrun = 'x'\nmethod = { logits = -1 }", 3, "weights of methods are numbers from 0."),
+        (
+            "[teacher]\nrun = 'x'\nalpha = { schedule = 'linear', peak = 3, steps = 9 }",
+            3,
+            "[teacher] alpha is the teacher's share, from 0 to 1, got 3.",
+        ),
+        (
+            "[teacher]\nrun = 'x'\ntemperature = { schedule = 'linear', peak = 4, steps = 9 }",
+            3,
+            "[teacher] temperature must stay above 0, got 0.",
+        ),
     ],
 )  # fmt: skip
 def test_what_is_out_of_range_is_refused_where_it_stands(table: str, line: int, said: str) -> None:
@@ -311,6 +341,13 @@ def test_what_a_model_does_not_have_is_named() -> None:
     ]:
         with pytest.raises(BadInput, match=re.escape(said)):
             Training(problem.plain(), problem.recipe(strategy))
+
+
+@pytest.mark.parametrize("strategy", [st.mix(classes=3), st.smoothing(classes=9)])
+def test_fewer_classes_than_the_targets_name_are_refused_before_it_begins(strategy: Strategy) -> None:
+    with pytest.raises(BadInput, match=r"classes = \d, and the training targets name 10\.") as caught:
+        Training(problem.plain(), problem.recipe(strategy))
+    assert str(caught.value).startswith(f"[{strategy.name}] ")
 
 
 def test_targets_that_name_no_classes_cannot_be_mixed_or_smoothed() -> None:

@@ -338,7 +338,7 @@ def test_a_link_that_stands_in_both_goes_on() -> None:
     ("given", "said"),
     [
         ({"at": "plateu"}, r"Did you mean 'plateau'\?"),
-        ({"at": 0}, "at and patience are at least 1"),
+        ({"at": 0}, "at must be at least 1, got 0"),
         ({"match": "sice"}, r"Did you mean 'size'\?"),
         ({"match": "swats"}, 'match = "swats" needs at = "swats"'),
         ({"at": "swats", "to": [{"part": "lion"}]}, 'match = "swats" needs at = "swats" and one of sgd'),

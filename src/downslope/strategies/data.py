@@ -34,10 +34,11 @@ class mix(Strategy):
     def __post_init__(self) -> None:
         super().__post_init__()
         Mix(**self.data())
+        _check_classes(self.classes)
 
     def begin(self, training: Setting) -> Live:
         """The mixing of every batch; draws come from the training's own generator."""
-        known = {**self.data(), "classes": self.classes or training.classes}
+        known = {**self.data(), "classes": _counted(self, training)}
         return _Changed(Mix(**known))
 
 
@@ -57,6 +58,7 @@ class smoothing(Strategy):
         super().__post_init__()
         if not 0 <= self.share < 1:
             raise BadInput(f"share must be from 0 to below 1, got {self.share!r}.")
+        _check_classes(self.classes)
 
     def refuse(self, others: Any) -> None:
         """Mixing smooths by itself."""
@@ -65,7 +67,7 @@ class smoothing(Strategy):
 
     def begin(self, training: Setting) -> Live:
         """The smoothing of every batch."""
-        classes = self.classes or training.classes
+        classes = _counted(self, training)
         if classes is None:
             raise BadInput("[smoothing] needs classes=…: the task's targets do not say how many there are.")
 
@@ -73,6 +75,23 @@ class smoothing(Strategy):
             return inputs, soft_targets(targets, classes, self.share)
 
         return _Changed(smooth)
+
+
+def _check_classes(classes: int | None) -> None:
+    if classes is not None and not 2 <= classes < 2**31:
+        with under("classes"):
+            raise BadInput(f"classes must be at least 2, got {classes}.")
+
+
+def _counted(strategy: mix | smoothing, training: Setting) -> int | None:
+    """The classes that are declared, else those that the targets name. BadInput if those are more."""
+    named = training.classes or 0
+    if strategy.classes is not None and strategy.classes < named:
+        raise BadInput(
+            f"[{strategy.name}] classes = {strategy.classes}, and the training targets name {named}.",
+            key=(strategy.name, "classes"),
+        )
+    return strategy.classes or training.classes
 
 
 class _Changed(Live):

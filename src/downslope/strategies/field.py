@@ -53,6 +53,16 @@ def word(declared: Any) -> str:
     return " or ".join(_WORDS.get(get_origin(one) or one, "data") for one in options)
 
 
+def extent(number: float | Schedule) -> tuple[float, float]:
+    """The least and the greatest of a number, or of the levels that a schedule of it names.
+
+    >>> from downslope.schedule import linear
+    >>> extent(0.3), extent(linear(0.3, 10, end=0.5))
+    ((0.3, 0.3), (0.3, 0.5))
+    """
+    return number.bounds if isinstance(number, Schedule) else (number, number)
+
+
 def _options(declared: Any) -> list[Any]:
     options = get_args(declared) if isinstance(declared, UnionType) else (declared,)
     return [option for option in options if option is not NoneType]

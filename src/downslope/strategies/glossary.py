@@ -24,7 +24,7 @@ MEANINGS: Mapping[str, Mapping[str, str]] = {
     },
     "normalisation": {
         "to": "ghost, group or frozen",
-        "size": "items of a ghost batch",
+        "size": "items of a ghost batch; left out: 32",
         "groups": "most groups of channels, for group; left out: 16 channels a group",
     },
     "dropout": {"rate": "share of the activations that is left out, or a schedule of it"},

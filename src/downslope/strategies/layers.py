@@ -16,6 +16,7 @@ from downslope.groups import NEVER, Frozen, discriminative, gradual_unfreeze, la
 from downslope.groups import freeze as frozen
 from downslope.init import METHODS
 from downslope.schedule import Duration, Schedule, duration
+from downslope.strategies.field import extent
 from downslope.strategies.strategy import Live, Setting, Strategy
 
 
@@ -36,6 +37,15 @@ class rates(Strategy):
         super().__post_init__()
         if self.decay is None and not self.of:
             raise BadInput("[rates] does nothing: give decay or of.")
+        if self.decay is not None and not 0 < self.decay <= 1:
+            with under("decay"):
+                raise BadInput(
+                    f"decay is above 0 and at most 1, got {self.decay:g}; [freeze] holds a layer still."
+                )
+        for pattern, times in self.of.items():
+            if times < 0:
+                with under("of", pattern):
+                    raise BadInput(f"of.{pattern} multiplies a rate, a number from 0, got {times:g}.")
         if self.blocks and self.decay is None:
             raise BadInput("blocks belong to decay; of names patterns of its own.")
 
@@ -67,6 +77,9 @@ class freeze(Strategy):
         super().__post_init__()
         if bool(self.until) == (self.every is not None):
             raise BadInput("[freeze] takes either until = { pattern = duration } or every = duration.")
+        if self.every == 0:
+            with under("every"):
+                raise BadInput("every is at least 1 update, got 0, which freezes nothing.")
         if self.blocks and self.every is None:
             raise BadInput("blocks belong to every = duration; until names patterns of its own.")
         for pattern, date in self.until.items():
@@ -170,6 +183,9 @@ class depth(Strategy):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_rate(self.rate)
+        if not self.branches or len({*self.branches}) < len(self.branches):
+            with under("branches"):
+                raise BadInput(f"branches names residual branches, each once, got {list(self.branches)}.")
 
     def begin(self, training: Setting) -> Live:
         """The branches' rates at every update."""
@@ -191,13 +207,15 @@ class _Following(Live):
 
 
 def _check_rate(rate: float | Schedule) -> None:
-    highest = rate.peak if isinstance(rate, Schedule) else rate
-    if not 0 <= highest <= 1:
-        with under("rate"):
-            raise BadInput(f"rate is the share that is left out, from 0 to 1, got {highest:g}.")
+    for level in extent(rate):
+        if not 0 <= level <= 1:
+            with under("rate"):
+                raise BadInput(f"rate is the share that is left out, from 0 to 1, got {level:g}.")
 
 
 NORMS = ("ghost", "group", "frozen")
+GHOST = 32
+"""Items of a ghost batch, if it is not said how many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +228,7 @@ class normalisation(Strategy):
     """
 
     to: str
-    size: int = 32
+    size: int | None = None
     groups: int | None = None
 
     def __post_init__(self) -> None:
@@ -219,10 +237,23 @@ class normalisation(Strategy):
             with under("to"):
                 hint = nearest(self.to, NORMS)
                 raise BadInput(f"to is one of {', '.join(NORMS)}, got {self.to!r}.{hint}")
+        for key, of, least in (("size", "ghost", 2), ("groups", "group", 1)):
+            value = getattr(self, key)
+            with under(key):
+                if value is not None and self.to != of:
+                    raise BadInput(f"{key} belongs to to = {of!r}, not to {self.to!r}.")
+                if value is not None and value < least:
+                    raise BadInput(f"{key} must be at least {least}, got {value}.")
+        if self.to == "ghost" and self.size is None:
+            object.__setattr__(self, "size", GHOST)
 
     def shape(self, model: nn.Module) -> nn.Module:
         """The model with other normalisation, its parameters named as before."""
         if self.to == "frozen":
             norm.freeze(model)
             return model
-        return norm.to_ghost(model, self.size) if self.to == "ghost" else norm.to_group(model, self.groups)
+        return (
+            norm.to_ghost(model, self.size or GHOST)
+            if self.to == "ghost"
+            else norm.to_group(model, self.groups)
+        )

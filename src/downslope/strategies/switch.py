@@ -78,8 +78,15 @@ class switch(Strategy):
             )
         if self.match == "size" and (self.to.ascent or self.to.search):
             raise BadInput(f'{self.to.name} takes several gradients a step: give match = "none".')
-        if self.at == 0 or self.patience < 1 or not self.tolerance > 0 or not self.rise >= 0:
-            raise BadInput("at and patience are at least 1, tolerance is above 0, rise from 0.")
+        for key, wrong, allowed in (
+            ("at", self.at == 0, "at least 1"),
+            ("patience", self.patience < 1, "at least 1"),
+            ("tolerance", self.tolerance <= 0, "above 0"),
+            ("rise", self.rise < 0, "at least 0"),
+        ):
+            if wrong:
+                with under(key):
+                    raise BadInput(f"{key} must be {allowed}, got {getattr(self, key)!r}.")
 
     def data(self) -> dict[str, Any]:
         """As plain data, the chain as a list of tables."""

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from downslope.distill import Distillation, Teacher, Teachers, distill
 from downslope.distill.layer import logits_of
+from downslope.distill.teacher import AVERAGES
 from downslope.errors import BadInput, nearest, under
 from downslope.optimizer import Optimizer
 from downslope.rules.adaptive import adam
 from downslope.schedule import Schedule
+from downslope.strategies.field import extent
 from downslope.strategies.strategy import Batch, Live, Loss, Setting, Strategy
 
 BATCHNORM = ("eval", "train")
@@ -62,7 +64,31 @@ class teacher(Strategy):
         if not self.rate > 0:
             with under("rate"):
                 raise BadInput(f"rate must be above 0, got {self.rate!r}.")
+        self._check_numbers()
         Distillation(self._taught({run: nn.Identity() for run in self.runs}), **self._options())
+
+    def _check_numbers(self) -> None:
+        """What schedules, and distillations that have no use for them, let pass."""
+        (coldest, _), (least, most) = extent(self.temperature), extent(self.alpha)
+        weights = {} if isinstance(self.method, str) else self.method
+        for key, wrong, said in (
+            ("temperature", coldest <= 0, f"temperature must stay above 0, got {coldest:g}"),
+            (
+                "alpha",
+                not 0 <= least <= most <= 1,
+                f"alpha is the teacher's share, from 0 to 1, got {most:g}",
+            ),
+            ("beta", self.beta < 0, f"beta must be a number from 0, got {self.beta:g}"),
+            ("method", min(weights.values(), default=0) < 0, "weights of methods are numbers from 0"),
+            (
+                "average",
+                self.average not in AVERAGES,
+                f"average is one of {', '.join(AVERAGES)}, got {self.average!r}",
+            ),
+        ):
+            if wrong:
+                with under(key):
+                    raise BadInput(f"{said}.")
 
     @property
     def runs(self) -> tuple[str, ...]:
