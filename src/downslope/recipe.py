@@ -27,7 +27,8 @@ from downslope.rules.route import REST
 from downslope.rules.rule import check, in_series
 from downslope.schedule import Duration, Schedule, duration, in_steps
 from downslope.state import plain_name
-from downslope.strategies import STRATEGIES, Strategy
+from downslope.strategies import STRATEGIES, Pace, Strategy
+from downslope.strategies.chain import number_of, part_of, tables
 from downslope.toml import Differences, differences, pairs, written
 
 CATALOGUE = {**LINKS, **RULES}
@@ -85,6 +86,8 @@ class Recipe:
         with under("player"):
             players = {name: self._player(name, given) for name, given in self.players.items()}
             self._set("players", MappingProxyType(players))
+        for strategy in self.strategies.values():
+            strategy.suit(self.data())
 
     def _player(self, name: str, given: Any) -> "Recipe":
         """What a player has of its own: a recipe of this one's length and batch."""
@@ -134,9 +137,9 @@ class Recipe:
         with under("chain"):
             made = _parts(shape.chain)
         routed = {}
-        for role, tables in shape.route.items():
+        for role, parts in shape.route.items():
             with under("route", role):
-                routed[role] = _parts(tables)
+                routed[role] = _parts(parts)
         roles = {}
         for role, numbers in shape.roles.items():
             with under("roles", role):
@@ -156,12 +159,12 @@ class Recipe:
 
     def data(self) -> dict[str, Any]:
         """The recipe as plain JSON or TOML data, with every number written out; `from_data` reads it back."""
-        routed = {role: _tables(made) for role, made in self.route.items()}
+        routed = {role: tables(made) for role, made in self.route.items()}
         return {
             "steps": self.steps,
             "batch_size": self.batch_size,
             "guard": self.guard,
-            "chain": _tables(self.chain),
+            "chain": tables(self.chain),
             **({"route": routed} if routed else {}),
             "roles": {role: _plain(numbers) for role, numbers in self.roles.items()},
             **({"observe": self.observe} if self.observe != "1 epoch" else {}),
@@ -226,27 +229,42 @@ class Recipe:
         return replace(made, chain=_changed(made.chain, numbers)) if numbers else made
 
     def run_steps(self, steps_per_epoch: int | None = None) -> int:
-        """The length of the training in applied updates; a length in epochs needs to know how long one is."""
-        return max(1, in_steps(self.steps, steps_per_epoch=steps_per_epoch, batch_size=self.batch_size))
+        """The length of the training in applied updates. `steps_per_epoch`: batches of an epoch, for a length
+        in those, which is one of the data: where updates take several batches, it holds fewer.
+        """
+        if isinstance(self.steps, int):
+            return self.steps
+        batches = in_steps(self.steps, steps_per_epoch=steps_per_epoch, batch_size=self.batch_size)
+        return max(1, self.pace(steps_per_epoch).updates(batches))
+
+    def pace(self, steps_per_epoch: int | None = None) -> Pace:
+        """How many batches each update takes: one, unless [growth] says otherwise."""
+        length = (self.steps, steps_per_epoch, self.batch_size)
+        told = (strategy.pace(*length) for strategy in self.strategies.values())
+        return next((pace for pace in told if pace is not None), Pace())
+
+    def rates(self, steps_per_epoch: int | None = None, steps: int | None = None) -> dict[str, int | None]:
+        """What durations need: updates of the run (`steps`, if given) and of an epoch, items of an update.
+
+        The latter two are None where updates differ, by [growth].
+        """
+        run = self.run_steps(steps_per_epoch) if steps is None else steps
+        return {"run_steps": run, **self.pace(steps_per_epoch).rates(steps_per_epoch, self.batch_size)}
 
     def build(
         self, model: nn.Module, steps: int | None = None, steps_per_epoch: int | None = None
     ) -> Optimizer:
         """The optimizer of this recipe for a model: a group per role with its own chain or numbers.
 
-        `steps`: length of the training in applied updates, if not the recipe's; `steps_per_epoch`: needed
-        where a length is given in epochs.
+        `steps`: length of the training in applied updates, if not the recipe's; `steps_per_epoch`: batches of
+        one, needed where a length is given in epochs.
 
         >>> import downslope as ds, torch
         >>> recipe = ds.Recipe(ds.chain(ds.adamw(lr=ds.linear(1e-3, steps="100 %"))), "5 epochs", 64)
         >>> recipe.build(torch.nn.Linear(3, 1), steps_per_epoch=20).param_groups[0]["lr"]
         0.001
         """
-        rates = {
-            "run_steps": self.run_steps(steps_per_epoch) if steps is None else steps,
-            "steps_per_epoch": steps_per_epoch,
-            "batch_size": self.batch_size,
-        }
+        rates = self.rates(steps_per_epoch, steps)
         named, slower = groups(model), self._multipliers(model)
         members: dict[tuple[str, float], list[tuple[str, nn.Parameter]]] = {(REST, 1.0): []}
         for name, parameter in model.named_parameters():
@@ -353,19 +371,14 @@ def _unknown(name: str, allowed: Iterable[str], what: str = "key") -> str:
     return f"unknown {what} {name!r}.{nearest(name, names)} Allowed: {', '.join(names)}."
 
 
-def _parts(tables: Sequence[Mapping[str, Any]]) -> Chain:
+def _parts(listed: Sequence[Mapping[str, Any]]) -> Chain:
     """The chain that a list of tables describes."""
     parts = []
-    for place, numbers in enumerate(tables):
+    for place, numbers in enumerate(listed):
         with under(place):
-            parts.append(_part(numbers))
+            parts.append(part_of(numbers))
     with under(0):
         return chain(*parts)
-
-
-def _tables(made: Chain) -> list[dict[str, Any]]:
-    """A chain as a list of tables."""
-    return [{"part": part.name, **_plain(part.given)} for part in made.parts]
 
 
 def _named_parts(made: Chain, beside: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
@@ -404,35 +417,13 @@ def _routed(given: Mapping[str, Any]) -> Mapping[str, Chain]:
     return MappingProxyType(found)
 
 
-def _part(numbers: Mapping[str, Any]) -> Part:
-    name = numbers.get("part")
-    with under("part"):
-        if not isinstance(name, str) or name not in CATALOGUE:
-            raise BadInput(_unknown(str(name), CATALOGUE, "part"))
-    given = _numbers({key: value for key, value in numbers.items() if key != "part"})
-    for key, value in given.items():
-        with under(key):
-            Part(CATALOGUE[name], {key: value})
-    return Part(CATALOGUE[name], MappingProxyType(given))
-
-
 def _numbers(table: Mapping[str, Any]) -> dict[str, Any]:
     """Numbers as data writes them, with tables read as schedules."""
     found = {}
     for key, value in table.items():
         with under(key):
-            found[key] = _number(value)
+            found[key] = number_of(value)
     return found
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return Schedule.from_data(value)
-    if isinstance(value, list):
-        return tuple(_number(one) for one in value)
-    if isinstance(value, int) and abs(value) >= 2**63:
-        raise BadInput("a whole number of more than 64 bits.")
-    return value
 
 
 def _whole(given: Chain | Part | Rule) -> Chain:
@@ -542,8 +533,8 @@ def _sections(data: Mapping[str, Any], before: str = "") -> list[str]:
     """Chain, route and roles as TOML, in tables whose names begin with `before`."""
     chains = {"chain": data["chain"], **{f"route.{k}": v for k, v in data.get("route", {}).items()}}
     lines = []
-    for name, tables in chains.items():
-        for numbers in tables:
+    for name, parts in chains.items():
+        for numbers in parts:
             lines += ["", f"[[{before}{name}]]", *pairs(numbers)]
     for role, numbers in data.get("roles", {}).items():
         lines += ["", f"[{before}roles.{role}]", *pairs(numbers)]

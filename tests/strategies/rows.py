@@ -9,7 +9,7 @@ from pathlib import Path
 
 import downslope as ds
 from downslope import strategies as st
-from downslope.schedule import linear, wsd
+from downslope.schedule import linear, multistep, wsd
 from downslope.strategies import Strategy
 
 RISING = wsd(0.3, steps="100 %", warmup="50 %")
@@ -54,6 +54,11 @@ ROWS: Mapping[str, Sequence[Callable[[Path], Strategy]]] = {
     "micro": [
         lambda _: st.micro(items=6),
         lambda _: st.micro(items=1000),
+    ],
+    "growth": [
+        lambda _: st.growth(times=2.5),
+        lambda _: st.growth(times=linear(1, "100 %", end=4)),
+        lambda _: st.growth(times=multistep(1, at=("0.5 epochs", "320 samples"), factor=2)),
     ],
     "switch": [
         lambda _: st.switch(

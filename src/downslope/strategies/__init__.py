@@ -2,8 +2,10 @@
 
 from downslope.strategies.average import average
 from downslope.strategies.data import micro, mix, smoothing
+from downslope.strategies.growth import growth
 from downslope.strategies.layers import depth, dropout, freeze, normalisation, rates, start
 from downslope.strategies.live import Company, begin
+from downslope.strategies.pace import Pace
 from downslope.strategies.stop import stop
 from downslope.strategies.strategy import Batch, Live, Loss, Setting, Strategy
 from downslope.strategies.switch import switch
@@ -21,6 +23,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
         mix,
         smoothing,
         micro,
+        growth,
         switch,
         average,
         teacher,
@@ -35,6 +38,7 @@ __all__ = [
     "Company",
     "Live",
     "Loss",
+    "Pace",
     "Setting",
     "Strategy",
     "average",
@@ -42,6 +46,7 @@ __all__ = [
     "depth",
     "dropout",
     "freeze",
+    "growth",
     "micro",
     "mix",
     "normalisation",

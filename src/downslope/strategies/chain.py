@@ -43,7 +43,7 @@ def parsed(given: Any) -> Chain:
         found = []
         for place, table in enumerate(given):
             with under(place):
-                found.append(_part(table))
+                found.append(part_of(table))
         made = chain(*found)
     else:
         raise BadInput(f'to is a list of parts, such as [{{ part = "sgd", lr = 0.1 }}], got {given!r}.')
@@ -179,7 +179,8 @@ def _each(
     return chain(*parts)
 
 
-def _part(table: Mapping[str, Any]) -> Part:
+def part_of(table: Mapping[str, Any]) -> Part:
+    """The part of a chain that a table describes; BadInput, with its key, for what it does not have."""
     name, known = table.get("part"), {**LINKS, **RULES}
     if not isinstance(name, str) or name not in known:
         hint = nearest(str(name), list(known))
@@ -188,15 +189,18 @@ def _part(table: Mapping[str, Any]) -> Part:
     for key, value in table.items():
         if key != "part":
             with under(key):
-                numbers[key] = _number(value)
+                numbers[key] = number_of(value)
                 Part(known[name], {key: numbers[key]})
-    return Part(known[name], numbers)
+    return Part(known[name], MappingProxyType(numbers))
 
 
-def _number(value: Any) -> Any:
+def number_of(value: Any) -> Any:
+    """A number of a part as data writes it, with tables read as schedules and lists as tuples."""
     if isinstance(value, Mapping):
         return Schedule.from_data(value)
-    return tuple(_number(one) for one in value) if isinstance(value, list | tuple) else value
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise BadInput("a whole number of more than 64 bits.")
+    return tuple(number_of(one) for one in value) if isinstance(value, list | tuple) else value
 
 
 def _plain(value: Any) -> Any:

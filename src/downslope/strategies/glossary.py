@@ -41,6 +41,9 @@ MEANINGS: Mapping[str, Mapping[str, str]] = {
     },
     "smoothing": {"share": "share of the targets that is spread over all classes"},
     "micro": {"items": "items of a piece of the batch; the last may be smaller"},
+    "growth": {
+        "times": "batches that an update takes, from 1, or a schedule of them, rounded to the nearest"
+    },
     "average": {
         "kind": "ema, swa, tail or polynomial_average",
         "decay": "of an ema: what stays of the average at each sample",
@@ -96,6 +99,7 @@ TOOLS: Mapping[str, str] = {
     "mix": "ds.Mix, ds.mixup, ds.cutmix",
     "smoothing": "ds.smoothed_cross_entropy, ds.soft_targets",
     "micro": "(loss * items / whole).backward() for each piece",
+    "growth": "ds.strategies.Pace",
     "average": "ds.Average",
     "teacher": "ds.distill",
     "stop": "ds.EarlyStopping",

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from downslope.errors import BadInput, nearest, under
 from downslope.optimizer import Optimizer
-from downslope.schedule import Schedule
+from downslope.schedule import Duration, Schedule
 from downslope.strategies.field import settled
+from downslope.strategies.pace import Pace
 
 Batch = Any
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -28,7 +29,7 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 class Setting:
     """What a strategy may know of the training it is part of.
 
-    `rates`: what durations need (`run_steps`, `steps_per_epoch`, `batch_size`). `batches(n)`: the first n of
+    `rates`: what durations need, in updates (see `ds.Recipe.rates`). `batches(n)`: the first n of
     the training's batches. `better`: whether of two metrics the higher is better. `teacher(folder)`: the
     trained model of a finished run.
     """
@@ -160,6 +161,13 @@ class Strategy:
 
     def refuse(self, others: Mapping[str, Strategy]) -> None:
         """Raise BadInput, with the reason, for another strategy that this one does not combine with."""
+
+    def suit(self, recipe: Mapping[str, Any]) -> None:
+        """Raise BadInput, with the reason, for what else of a recipe's data it does not combine with."""
+
+    def pace(self, length: Duration, steps_per_epoch: int | None, batch_size: int) -> Pace | None:
+        """How many batches each update takes, if it sets that, in a training of this length."""
+        return None
 
     def shape(self, model: nn.Module) -> nn.Module:
         """The model to train in place of `model`."""

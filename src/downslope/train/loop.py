@@ -100,6 +100,8 @@ class Loop:
         told = _players(attempts)
         for (attempt, seconds), loss, moves in zip(attempts, losses, told, strict=True):
             fields: dict[str, Any] = {"step": attempt.step, "loss": loss}
+            if attempt.batches > 1:
+                fields["batches"] = attempt.batches
             if attempt.skipped:
                 named = list(attempt.skipped[:_NAMES])
                 self.journal.append("skip", sync=False, **fields, names=named, count=len(attempt.skipped))

@@ -21,7 +21,7 @@ from downslope.tasks import Batch, Task, guest
 SKIPS = 20
 """Updates that may be skipped in a row before a training is given up."""
 
-TOGETHER = ("start", "normalisation", "dropout", "depth", "micro", "average", "stop")
+TOGETHER = ("start", "normalisation", "dropout", "depth", "micro", "growth", "average", "stop")
 """Strategies that see the whole model and no optimizer, so that a training may have several players."""
 
 
@@ -64,7 +64,8 @@ class Side:
         self.skips = 0
         # Schedules count a player's own updates, each of which takes `every` batches of the data.
         mine = recipe.players.get(name, recipe)
-        self.optimizer = replace(mine, batch_size=recipe.batch_size * self.every).build(
+        mine = replace(mine, batch_size=recipe.batch_size * self.every, strategies=recipe.strategies)
+        self.optimizer = mine.build(
             self.part,
             steps=max(1, steps // self.every),
             steps_per_epoch=cast("int", Fraction(steps_per_epoch, self.every)),

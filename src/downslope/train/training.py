@@ -41,11 +41,12 @@ _EVALUATED_AT_ONCE = 512  # fixed, so that the same weights give the same bits w
 
 
 class Attempt(NamedTuple):
-    """One batch: its loss (a detached 0-d tensor, before the update), and what came of the update.
+    """One update: its loss (a detached 0-d tensor, before it), and what came of it.
 
     `step` counts the updates applied before it, `lr` is the rate it used (of the first group), `skipped`
     names the parameters whose gradients were not finite; it is empty for an update that was applied.
     `moves` tells the same of every player that had its turn; `loss` is their sum, `lr` that of the first.
+    `batches`: how many it took.
     """
 
     step: int
@@ -53,6 +54,7 @@ class Attempt(NamedTuple):
     lr: float | None
     skipped: tuple[str, ...]
     moves: Mapping[str, Move] = MappingProxyType({})
+    batches: int = 1
 
     @property
     def applied(self) -> bool:
@@ -104,6 +106,13 @@ class Training:
         self.samples = size(task.train)
         self.steps_per_epoch = steps_per_epoch(self.samples, self.recipe.batch_size)
         self.steps = self.recipe.run_steps(self.steps_per_epoch)
+        self.pace = self.recipe.pace(self.steps_per_epoch)
+        if (most := self.pace.most(self.steps)) > self.steps_per_epoch:
+            raise BadInput(
+                f"[growth] an update would take {most} batches, and a pass over the data has "
+                f"{self.steps_per_epoch}: it would see samples twice.",
+                key=("growth", "times"),
+            )
         self.step, self.batches = 0, 0
         self.finished = False
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
@@ -129,14 +138,9 @@ class Training:
         self._device = next(self.model.parameters()).device
         if isinstance(self.task.train, tuple):
             self._train = moved(self.task.train, self._device)
-        rates = {
-            "run_steps": self.steps,
-            "steps_per_epoch": self.steps_per_epoch,
-            "batch_size": self.recipe.batch_size,
-        }
         training = Setting(
             model=self.model,
-            rates=rates,
+            rates=self.recipe.rates(self.steps_per_epoch, self.steps),
             batches=self._first_batches,
             classes=classes(self.task.train),
             better=self.task.higher_is_better,
@@ -161,7 +165,8 @@ class Training:
             side.loss = self.company.loss(side.loss)
         self._observes = 0
         if self.company.reacts or any(side.optimizer.reacts for side in self.sides):
-            self._observes = max(1, in_steps(self.recipe.observe, "observe", **rates))
+            batches = {"steps_per_epoch": self.steps_per_epoch, "batch_size": self.recipe.batch_size}
+            self._observes = max(1, in_steps(self.recipe.observe, "observe", **batches))
 
     @property
     def optimizer(self) -> Optimizer:
@@ -353,22 +358,35 @@ class Training:
     def _attempt(self) -> Attempt:
         step = self.step
         self.company.before(step)
-        pieces = self._pieces()
+        count = self.pace.count(step)
+        pieces = [
+            (piece, share / count)
+            for number in range(self.batches, self.batches + count)
+            for piece, share in self._pieces(number)
+        ]
         self._draw(1 + self.ranks.rank)
         moves = {side.name: side.move(pieces) for side in self.sides if side.due(step)}
         self.ranks.follow(self.model.buffers())
-        self.batches += 1
+        self.batches += count
         self._draw(0)
         first, *others = moves.values()
         loss = sum((move.loss for move in others), start=first.loss)
         skipped = tuple(name for move in moves.values() for name in move.skipped)
-        attempt = Attempt(step, loss, first.lr, skipped, moves)
+        attempt = Attempt(step, loss, first.lr, skipped, moves, count)
         if attempt.applied:
             self.step += 1
             self.company.applied(self.step)
-            if self._observes and self.step % self._observes == 0:
+            if self._observation_due():
                 self._observe()
         return attempt
+
+    def _observation_due(self) -> bool:
+        """Whether the last update reached a multiple of `observe`, in updates or data, as that is given."""
+        if not self._observes:
+            return False
+        by_data = isinstance(self.recipe.observe, str)
+        before, after = (self.pace.taken(s) if by_data else s for s in (self.step - 1, self.step))
+        return before // self._observes < after // self._observes
 
     def _draw(self, stream: int) -> None:
         """Among several ranks, let random numbers depend on seed, batch and stream alone. Stream 0 is common
@@ -377,9 +395,12 @@ class Training:
         if self.ranks.together:
             seed_all(key(self.seed, self.batches, stream))
 
-    def _pieces(self) -> list[tuple[Batch, float]]:
-        """The pieces of the next batch, or of this rank's part of it, with what they count."""
-        epoch, position, count = self.epoch, self.position, self.recipe.batch_size
+    def _pieces(self, number: int) -> list[tuple[Batch, float]]:
+        """The pieces of a batch, counted from the training's first, or of this rank's part of it, with what
+        they count.
+        """
+        epoch, position = divmod(number, self.steps_per_epoch)
+        count = self.recipe.batch_size
         if self._order[0] != epoch:
             self._order = (epoch, order(self.samples, self.seed, epoch))
         indices = self._order[1][position * count : (position + 1) * count]
