@@ -93,7 +93,7 @@ def test_a_folder_is_whole_or_not_there_at_every_instant_of_its_writing(tmp_path
     files = {"model.safetensors": b"m" * 300, "manifest.json": b"{}"}
     steps = count()
     seen = set()
-    for instant in deaths(lambda: write_folder(tmp_path / f"step-{next(steps)}", files)):
+    for instant in deaths(lambda: write_folder(tmp_path / f"step-{next(steps)}", files.items())):
         whole = [folder for folder in tmp_path.iterdir() if not folder.name.startswith(".")]
         for folder in whole:
             assert {path.name: path.read_bytes() for path in folder.iterdir()} == files, instant
@@ -108,7 +108,7 @@ def test_everything_is_on_disk_before_it_is_vouched_for(
     write_file(tmp_path / "a", b"1")
     assert disk.calls == ["open", "write", "fsync", "rename", "open", "fsync"]
     disk.calls.clear()
-    write_folder(tmp_path / "b", {"x": b"1", "y": b"2"})
+    write_folder(tmp_path / "b", {"x": b"1", "y": b"2"}.items())
     assert disk.calls == [
         *["mkdir", "open", "write", "fsync", "open", "write", "fsync"],
         *["open", "fsync", "rename", "open", "fsync"],
@@ -135,7 +135,7 @@ def test_a_disk_that_refuses_is_one_sentence_and_leaves_the_old_file_and_no_litt
         with pytest.raises(BadInput) as caught:
             write_file(path, b"new")
         with pytest.raises(BadInput):
-            write_folder(tmp_path / "folder", {"x": b"new"})
+            write_folder(tmp_path / "folder", {"x": b"new"}.items())
     assert str(caught.value) == f"cannot write {path}: {os.strerror(error)}."
     assert [entry.name for entry in tmp_path.iterdir()] == ["result.json"]
     assert path.read_bytes() == b"old"
@@ -168,7 +168,7 @@ def test_a_full_disk_keeps_what_was_there(small_disk: Path) -> None:
         with pytest.raises(BadInput, match=r"cannot write .*result.json: No space left on device\."):
             run.write("result.json", b"x" * 1_000_000)
         with pytest.raises(BadInput, match="No space left on device"):
-            write_folder(small_disk / "ckpt", {"a": b"1", "b": b"x" * 1_000_000})
+            write_folder(small_disk / "ckpt", {"a": b"1", "b": b"x" * 1_000_000}.items())
         assert (small_disk / "result.json").read_bytes() == b"old"
         assert sorted(path.name for path in small_disk.iterdir()) == ["result.json", "run.lock"]
 
@@ -192,7 +192,7 @@ def test_hostile_names_are_refused_and_make_nothing(tmp_path: Path, name: str) -
     with RunFolder(tmp_path / "run") as run, pytest.raises(BadInput):
         run.write(name, b"x")
     with pytest.raises(BadInput):
-        write_folder(tmp_path / "folder", {name: b"x"})
+        write_folder(tmp_path / "folder", {name: b"x"}.items())
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["run", "run.lock"]
 
 
@@ -231,7 +231,7 @@ def test_only_regular_files_of_a_decent_size_are_read(tmp_path: Path) -> None:
 def test_what_we_make_is_for_its_owner_alone(tmp_path: Path) -> None:
     with RunFolder(tmp_path / "a" / "run") as run:
         run.write("result.json", b"x")
-        write_folder(run.path / "ckpt", {"state.json": b"x"})
+        write_folder(run.path / "ckpt", {"state.json": b"x"}.items())
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in [run.path, *run.path.rglob("*")]}
     assert modes == {
         "run": 0o700,
@@ -247,7 +247,7 @@ def test_paths_that_name_no_file_are_one_sentence(path: str) -> None:
     for use in (
         read_file,
         lambda p: write_file(p, b""),
-        lambda p: write_folder(p, {}),
+        lambda p: write_folder(p, {}.items()),
         lambda p: Lock(p, f"{p}"),
     ):
         with pytest.raises(BadInput, match=r"^cannot (read|write|lock) ") as caught:

@@ -12,14 +12,18 @@ import platform
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
-from typing import Self
+from typing import Self, TypeAlias
 from weakref import WeakSet
 
 from downslope.errors import BadInput
+
+Chunk: TypeAlias = bytes | memoryview
+Pieces: TypeAlias = bytes | Iterable[Chunk]
+"""The content of a file: at once, or piece by piece as it is written."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 _LITTER = re.compile(r"\.[A-Za-z0-9._-]+\.[0-9a-f]{16}\.tmp")  # what a killed writer leaves behind
@@ -93,11 +97,11 @@ def write_file(path: str | os.PathLike[str], data: bytes) -> None:
         sync_folder(path.parent)
 
 
-def write_folder(path: str | os.PathLike[str], files: Mapping[str, bytes]) -> None:
-    """Make the folder `path` with these files, durably and whole or not at all.
+def write_folder(path: str | os.PathLike[str], files: Iterable[tuple[str, Pieces]]) -> None:
+    """Make the folder `path` with these files, each in pieces, durably and whole or not at all.
 
-    Written in the order of `files`, so that what vouches for the rest comes last. BadInput if it is there
-    already or the disk refuses.
+    Written one after another as they are asked for, so that what vouches for the rest comes last. BadInput if
+    it is there already or the disk refuses.
     """
     path = Path(path)
     beside = _beside(path)
@@ -106,8 +110,8 @@ def write_folder(path: str | os.PathLike[str], files: Mapping[str, bytes]) -> No
             raise BadInput(f"cannot write {path}: it is there already.")
         try:
             os.mkdir(beside, 0o700)
-            for name, data in files.items():
-                _write_new(beside / check_name(name), data)
+            for name, pieces in files:
+                _write_new(beside / check_name(name), pieces)
             sync_folder(beside)
             os.rename(beside, path)
         except BaseException:
@@ -125,7 +129,7 @@ def sync_folder(path: str | os.PathLike[str]) -> None:
         os.close(folder)
 
 
-def write_all(file: int, data: bytes) -> None:
+def write_all(file: int, data: Chunk) -> None:
     """Write every byte to an open file, however few the system takes at a time."""
     rest = memoryview(data)
     while rest:
@@ -239,10 +243,11 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{token_hex(8)}.tmp")
 
 
-def _write_new(path: Path, data: bytes) -> None:
+def _write_new(path: Path, pieces: Pieces) -> None:
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        write_all(file, data)
+        for piece in [pieces] if isinstance(pieces, bytes) else pieces:
+            write_all(file, piece)
         os.fsync(file)
     finally:
         os.close(file)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -168,3 +169,31 @@ def test_floats_in_json_keep_every_bit(number: float) -> None:
 def test_what_is_no_number_is_not_written() -> None:
     with pytest.raises(ValueError, match="JSON"):
         checkpoint.dump({"x": float("nan")})
+
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
+
+
+@given(
+    st.dictionaries(
+        st.text(min_size=1).filter(lambda name: name != "__metadata__"),
+        st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 3), max_size=3)),
+        max_size=6,
+    )
+)
+def test_the_library_reads_what_is_packed(
+    kinds: dict[str, tuple[torch.dtype, list[int]]],
+) -> None:
+    tensors = {name: torch.ones(shape).to(dtype) for name, (dtype, shape) in kinds.items()}
+    mine = b"".join(map(bytes, checkpoint.pack(tensors)))
+    back = safetensors.torch.load(mine)
+    assert back.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert back[name].dtype == tensor.dtype
+        assert torch.equal(back[name], tensor)
+    assert len(mine) == len(safetensors.torch.save(tensors))
+
+
+def test_a_dtype_that_no_file_holds_is_refused_by_name() -> None:
+    with pytest.raises(BadInput, match=r"w is torch\.complex128, which a safetensors file cannot hold"):
+        checkpoint.pack({"w": torch.zeros(2, dtype=torch.complex128)})

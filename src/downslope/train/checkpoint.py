@@ -10,22 +10,40 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as packed
 from torch import Tensor
 
 from downslope.errors import BadInput
-from downslope.folder import check_name, disk, read_file, write_folder
+from downslope.folder import Chunk, Pieces, check_name, disk, read_file, write_folder
 
 MANIFEST = "manifest.json"
 SCHEMA = 2
 _LARGEST_JSON = 64 * 2**20
 _SHA = re.compile(r"[0-9a-f]{64}")
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
+    torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
 
 Folder: TypeAlias = str | os.PathLike[str]
 
@@ -34,22 +52,63 @@ class Damaged(BadInput):
     """A checkpoint that is not, byte for byte, what was saved; the sentence names the file."""
 
 
-def pack(tensors: Mapping[str, Tensor]) -> bytes:
-    """The tensors as a safetensors file; each has memory of its own there, whatever it shared before."""
-    # clone, because safetensors refuses views of one memory; contiguous, because it refuses strides.
-    return packed({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
+def pack(tensors: Mapping[str, Tensor]) -> list[Chunk]:
+    """The tensors as a safetensors file, in pieces that are the tensors' own memory where that is contiguous
+    and on the CPU: the library would copy all of it twice. BadInput for a dtype that the format has not.
+    """
+    header: dict[str, dict[str, Any]] = {}
+    pieces: list[Chunk] = []
+    end = 0
+    for name in sorted(tensors, key=lambda one: (-tensors[one].element_size(), one)):  # so all are aligned
+        tensor = tensors[name].detach().cpu().contiguous()
+        if tensor.dtype not in _DTYPES:
+            raise BadInput(f"{name} is {tensor.dtype}, which a safetensors file cannot hold.")
+        size = tensor.nbytes
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + size],
+        }
+        end += size
+        pieces.append(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return [len(text).to_bytes(8, "little") + text, *pieces]
 
 
-def write(folder: Folder, files: Mapping[str, bytes], **about: Any) -> str:
+def write(folder: Folder, files: Mapping[str, Pieces], **about: Any) -> str:
     """Save `files` as a checkpoint and return the SHA-256 of its manifest, which goes into the journal.
 
     `about` (plain JSON data, such as step=120) is written into the manifest. BadInput if the folder is there
     already, or the disk refuses: then nothing is left there.
     """
-    entries = {name: {"size": len(data), "sha256": _sha(data)} for name, data in files.items()}
-    manifest = dump({"schema": SCHEMA, **about, "files": entries})
-    write_folder(folder, {**files, MANIFEST: manifest})
+    manifest = b""
+
+    def every() -> Iterator[tuple[str, Pieces]]:
+        nonlocal manifest
+        written: dict[str, _Hashed] = {}
+        for name, data in files.items():
+            written[name] = _Hashed(data)
+            yield name, written[name]
+        entries = {name: {"size": one.size, "sha256": one.found.hexdigest()} for name, one in written.items()}
+        manifest = dump({"schema": SCHEMA, **about, "files": entries})
+        yield MANIFEST, manifest
+
+    write_folder(folder, every())
     return _sha(manifest)
+
+
+class _Hashed:
+    """The pieces of a file, measured and hashed as they are written."""
+
+    def __init__(self, data: Pieces) -> None:
+        self.data, self.size, self.found = data, 0, hashlib.sha256()
+
+    def __iter__(self) -> Iterator[Chunk]:
+        for piece in [self.data] if isinstance(self.data, bytes) else self.data:
+            self.size += len(piece)
+            self.found.update(piece)
+            yield piece
 
 
 def verify(folder: Folder, sha: str | None = None) -> dict[str, Any]:

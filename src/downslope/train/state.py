@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from downslope.errors import BadInput
-from downslope.folder import check_name
+from downslope.folder import Pieces, check_name
 from downslope.state import plain_name
 from downslope.train import checkpoint
 from downslope.train.checkpoint import Folder
@@ -112,9 +112,9 @@ class TrainState:
         """
         return checkpoint.write(folder, self.files(), step=self.step, world=1)
 
-    def files(self) -> dict[str, bytes]:
-        """What a checkpoint of this moment holds, by file."""
-        return files_of(self._shot(), self.step)
+    def files(self) -> dict[str, Pieces]:
+        """What a checkpoint of this moment holds, by file: to be written before anything goes on."""
+        return files_of(self._shot())
 
     def load(self, folder: Folder, *, strict: bool = True, sha: str | None = None) -> Resumed:
         """Go on from a checkpoint, and warn of numbers of the program that it replaced. Every byte is
@@ -215,9 +215,11 @@ class TrainState:
         return told
 
 
-def files_of(shot: Snapshot, step: int) -> dict[str, bytes]:
+def files_of(shot: Snapshot) -> dict[str, Pieces]:
     """The files of a checkpoint of a snapshot: a safetensors file a part, and state.json for all else."""
-    files = {f"{name}.safetensors": checkpoint.pack(held) for name, held in shot.tensors.items()}
+    files: dict[str, Pieces] = {
+        f"{name}.safetensors": checkpoint.pack(held) for name, held in shot.tensors.items()
+    }
     generators = None if shot.generators is None else shot.generators.data()
     return {**files, "state.json": checkpoint.dump({**shot.data, "generators": generators})}
 
