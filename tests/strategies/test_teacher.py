@@ -13,7 +13,7 @@ from torch.nn import functional
 from train import problems
 
 import downslope as ds
-from downslope.errors import BadInput, UserCodeError
+from downslope.errors import BadInput
 from downslope.recipe import Recipe
 from downslope.strategies import average, micro, mix, smoothing, teacher
 from downslope.tasks import task
@@ -270,7 +270,7 @@ def twice(model: nn.Module, batch: Any) -> Tensor:
 
 
 def test_a_loss_of_two_passes_is_refused(taught: dict[str, Net]) -> None:
-    with pytest.raises(UserCodeError, match="runs the model once; it ran 2 times"):
+    with pytest.raises(BadInput, match=r"^\[teacher\] needs a loss that runs the model once; it ran 2 times"):
         Training(plain(loss=twice), recipe(teacher(run="one"))).advance(1)
 
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+import downslope as ds
 from downslope.errors import BadInput, UserCodeError
 from downslope.tasks import Entry, frames, guest, load, reopen, take
+from downslope.train import Training
 
 MINE = """
 import torch
@@ -216,6 +218,49 @@ def test_a_fault_inside_a_fault_keeps_its_first_name() -> None:
         guest("the inner"),
     ):
         raise ValueError("no")
+
+
+REFUSED = """
+import downslope as ds
+from torch import nn
+
+
+def loss(model, batch):
+    return ds.mutual([model(batch[0])], batch[1])
+
+
+def task():
+    digits = ds.task("digits-mlp")
+    return ds.Task(model=digits.model, train=digits.train, valid=digits.valid, loss=loss, metric=ds.accuracy)
+
+
+def wrong():
+    return ds.Task(model=nn.Identity, train=(), valid=())
+
+
+def raises():
+    raise ds.BadInput("not today")
+"""
+
+
+def test_what_our_code_refuses_in_the_users_keeps_its_sentence_and_tells_the_line(folder: Path) -> None:
+    path = folder / "refused.py"
+    path.write_text(REFUSED)
+    with pytest.raises(BadInput) as alone:
+        ds.mutual([torch.zeros(1, 2)], torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(BadInput) as caught, guest("the outer"):
+        Training(load(f"{path}:task")).advance(1)
+    line = REFUSED.splitlines().index("    return ds.mutual([model(batch[0])], batch[1])") + 1
+    assert str(caught.value) == f"refused.py:{line}: {alone.value}"
+    with pytest.raises(BadInput, match=r"^refused\.py:16: 'train' must be"):
+        load(f"{path}:wrong")
+
+
+def test_what_the_user_refuses_in_our_words_is_still_the_users(folder: Path) -> None:
+    path = folder / "refused.py"
+    path.write_text(REFUSED)
+    with pytest.raises(UserCodeError, match="raised BadInput: not today"):
+        load(f"{path}:raises")
 
 
 def test_a_traceback_from_another_process_is_shown_as_it_came(mine: Path) -> None:

@@ -10,13 +10,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from sysconfig import get_path
+from traceback import walk_tb
 from types import CodeType, ModuleType
 
-from downslope.errors import BadInput, UserCodeError, nearest
+from downslope.errors import BadInput, DownslopeError, UserCodeError, nearest
 from downslope.tasks.definition import Task
 from downslope.tasks.entry import Entry
 
-_HIDDEN = (str(Path(__file__).resolve().parents[1]), "<frozen importlib", contextmanager.__code__.co_filename)
+_PACKAGE = str(Path(__file__).resolve().parents[1])
+_HIDDEN = (_PACKAGE, "<frozen importlib", contextmanager.__code__.co_filename)
+_LIBRARIES = (*_HIDDEN, "<", *{get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 _loaded: dict[str, tuple[Path, str]] = {}
 """Which file, with which SHA-256, stands behind a module name that was registered here."""
 
@@ -24,6 +28,8 @@ _loaded: dict[str, tuple[Path, str]] = {}
 @contextmanager
 def guest(what: str) -> Iterator[None]:
     """Runs the user's code: whatever it raises, `sys.exit` included, becomes the cause of a UserCodeError.
+
+    What our own code refuses inside, such as a wrong argument, stays what it is, with the user's line.
 
     >>> with guest("the loss"):
     ...     1 / 0
@@ -35,8 +41,21 @@ def guest(what: str) -> Iterator[None]:
     except UserCodeError:
         raise
     except (Exception, SystemExit) as error:
+        if isinstance(error, DownslopeError) and _ours(error):
+            raise
         said = str(error).strip().split("\n")[0]
         raise UserCodeError(f"{what} raised {type(error).__name__}{': ' + said if said else ''}") from error
+
+
+def _ours(error: DownslopeError) -> bool:
+    """Whether our own code raised it; if the user's code had called that, its sentence begins with where."""
+    path = [(frame.f_code.co_filename, line) for frame, line in walk_tb(error.__traceback__)]
+    if not path[-1][0].startswith(_PACKAGE):
+        return False
+    theirs = [f"{Path(file).name}:{line}: " for file, line in path if not file.startswith(_LIBRARIES)]
+    if theirs and not str(error).startswith(theirs[-1]):  # the border inside this one has said it
+        error.args = (f"{theirs[-1]}{error}",)
+    return True
 
 
 def frames(error: BaseException) -> str:
