@@ -232,8 +232,11 @@ def training(
     finished: bool = True,
     steps: int = STEPS,
     players: Mapping[str, tuple[int, float]] = MappingProxyType({}),
+    growing: bool = False,
 ) -> None:
-    """A made-up training with two skipped updates; of `players`, each with its cadence and peak rate."""
+    """A made-up training with two skipped updates; of `players`, each with its cadence and peak rate; by
+    batches that grow.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.toml").write_text(recipe("adamw", 0.003, f"# {text}\n"), "utf-8")
     random = Random(5)
@@ -257,6 +260,8 @@ def training(
             }
             told = {"loss": sum(move["loss"] for move in moves.values()), "players": moves} if moves else {}
             fields = {"loss": loss, "lr": lr, "seconds": 0.011 * step, **told}
+            if growing and step > 100:
+                fields["batches"] = step // 50
             journal.append("step", sync=False, step=step, **fields)
             if step in (60, 61):
                 journal.append("skip", sync=False, step=step, names=["conv.weight" + text])

@@ -280,6 +280,18 @@ def test_what_the_page_says_of_players_in_a_loop_of_ones_own_runs(
     assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+def test_batches_that_grow_are_drawn(tmp_path: Path) -> None:
+    training(tmp_path, growing=True)
+    seen = check(page(tmp_path))
+    assert "that every applied update used, and how many of the data's batches it took" in seen.text
+    taken = drawn(seen, "batches")["batches per update"]
+    assert taken["values"] == [1 if step <= 100 else step // 50 for step in taken["steps"]]
+    assert taken["steps"][0] == 1
+    assert taken["steps"][-1] == 400
+    training(tmp_path / "even")
+    assert not drawn(check(page(tmp_path / "even")), "batches")
+
+
 def test_rates_that_are_one_all_along_are_one_line(tmp_path: Path) -> None:
     training(tmp_path, players={"critic": (1, 0.005), "maker": (1, 0.005), "judge": (1, 0.001)})
     assert set(drawn(check(page(tmp_path)), "rate")) == {"critic and maker", "judge"}

@@ -232,10 +232,13 @@ class Move(Record):
 
 
 class Step(Move):
-    """The training loss of one applied update, and the learning rate it used; of several players, the sum."""
+    """The training loss of one applied update, the learning rate it used, and how many of the data's batches
+    it took; of several players, the sum.
+    """
 
     step: Count
     seconds: Number = math.nan
+    batches: Count = 1
     players: dict[Words, Move] = Field(default_factory=dict)  # those that were updated
 
     def of(self, player: str) -> Step:

@@ -107,6 +107,7 @@ _COMMAND = ("downslope", "train", "--recipe", "recipe.toml")
 _WHOSE = ("Training", "Each player's")
 _LOSS = ("Loss", "Players' losses")
 RATE = Quantity("rate", "Learning rate", log=False)
+BATCHES = Quantity("batches", "Batches per update", log=False)
 
 
 def _lead(log: Log) -> str:
@@ -124,12 +125,15 @@ def _legend(series: Sequence[Series]) -> list[Legend]:
 
 def _schedule(log: Log, series: Sequence[Series], skips: Sequence[Track]) -> Schedule | None:
     rates = [s for s in series if RATE.key in s.tracks]
-    if not rates:
+    growing = any(BATCHES.key in s.tracks for s in series)
+    if not rates and not growing:
         return None
     whose = f" of {rates[0].name}" if log.players and len(rates) == 1 else ""
-    drawn = [panel(series, RATE, "steps", False, skips)]
+    drawn = [panel(series, RATE, "steps", False, skips)] if rates else []
+    drawn += [panel(series, BATCHES, "steps", False, skips)] if growing else []
     legend = _legend(rates) if len(rates) > 1 else []
-    return Schedule(f"The rate that every applied update{whose} used.", drawn, legend)
+    also = ", and how many of the data's batches it took" if growing else ""
+    return Schedule(f"The rate that every applied update{whose} used{also}.", drawn, legend)
 
 
 def _lines(log: Log) -> dict[str, list[ev.Step]]:
@@ -149,7 +153,7 @@ def _series(log: Log) -> list[Series]:
         losses = _track(steps, [s.loss for s in steps])
         batches.append(Series(f"{name}, one batch", hue, {"train": losses.thinned(POINTS)}, faint=True))
         means.append(Series(name, hue, {"train": losses.smooth(span).thinned(POINTS)}))
-    return [*batches, *means, *_validation(log, max(1, len(lines))), *_rates(lines)]
+    return [*batches, *means, *_validation(log, max(1, len(lines))), *_rates(lines), *_batches(log)]
 
 
 def _validation(log: Log, hue: int) -> list[Series]:
@@ -173,6 +177,14 @@ def _rates(lines: Mapping[str, Sequence[ev.Step]]) -> list[Series]:
         Series(listing(names), hues[names[0]], {RATE.key: rate.thinned(POINTS)})
         for rate, names in found.items()
     ]
+
+
+def _batches(log: Log) -> list[Series]:
+    """How many of the data's batches an update took, where that is not one throughout."""
+    if all(step.batches == 1 for step in log.steps):
+        return []
+    taken = _track(log.steps, [float(step.batches) for step in log.steps])
+    return [Series("batches per update", 0, {BATCHES.key: taken.thinned(POINTS)})]
 
 
 def _track(measured: Sequence[ev.Step] | Sequence[ev.Measured], values: Sequence[float]) -> Track:
