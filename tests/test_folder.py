@@ -1,7 +1,9 @@
 """Durable files: every instant at which a write can die, full disks, hostile names and links, one writer."""
 
 import errno
+import fcntl
 import os
+import platform
 import signal
 import stat
 import subprocess
@@ -10,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -340,6 +343,22 @@ def test_a_second_writer_is_refused_by_the_name_of_the_first_until_it_is_killed(
         process.wait()
         with RunFolder(tmp_path / "run") as run:
             assert (run.path / "run.lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+@pytest.mark.parametrize("before", ["", f"process 999999999 on {platform.node()}\n"])
+def test_who_has_just_got_the_right_is_named_and_not_who_had_it(tmp_path: Path, before: str) -> None:
+    path = tmp_path / "lock"
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(before)
+        file.flush()
+        with pytest.raises(BadInput, match="this is being written by another process"):
+            Lock(path, "this")
+        writing = Timer(0.02, lambda: path.write_text(f"process {os.getpid()} on {platform.node()}\n"))
+        writing.start()
+        with pytest.raises(BadInput, match=f"this is being written by process {os.getpid()} on"):
+            Lock(path, "this")
+        writing.join()
 
 
 def test_a_forked_child_does_not_keep_the_lock_of_its_killed_parent(tmp_path: Path) -> None:

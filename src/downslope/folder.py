@@ -12,6 +12,7 @@ import platform
 import re
 import shutil
 import stat
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -154,7 +155,7 @@ class Lock:
                 os.ftruncate(self._file, 0)
                 write_all(self._file, f"process {os.getpid()} on {platform.node()}\n".encode())
             except BlockingIOError:
-                owner = os.pread(self._file, 200, 0).decode(errors="replace").strip()
+                owner = _owner(self._file)
                 self.close()
                 raise BadInput(
                     f"{what} is being written by {owner or 'another process'}: one at a time."
@@ -177,6 +178,27 @@ class Lock:
         file, self._file = self._file, None
         if file is not None:
             os.close(file)
+
+
+def _owner(file: int) -> str:
+    """Who says to hold a lock. Who has just got it has not yet put its name in the place of a dead one's."""
+    for _ in range(100):
+        name = os.pread(file, 200, 0).decode(errors="replace").strip()
+        found = re.fullmatch(r"process (\d{1,9}) on (.*)", name)
+        if found and (found[2] != platform.node() or _lives(int(found[1]))):
+            return name
+        time.sleep(0.001)
+    return ""
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 _locks: WeakSet[Lock] = WeakSet()
