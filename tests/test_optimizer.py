@@ -571,3 +571,62 @@ def test_however_state_is_replaced_the_step_uses_it(way: str) -> None:
     assert float((before - weight.detach()).min()) > 5
     twin = copy.deepcopy(optimizer)
     assert torch.equal(next(iter(twin.state.values()))["v"], optimizer.state[weight]["v"])
+
+
+# In a backward pass
+
+
+def stepped_in_backward(make: Any, steps: int, pieces: int = 1) -> nn.Module:
+    """As torch's tutorial has it: an optimizer a parameter, stepped by a hook when its gradient is there."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    optimizers = {p: make([p]) for p in model.parameters()}
+
+    def hook(p: torch.Tensor) -> None:
+        optimizers[p].step()
+        optimizers[p].zero_grad()
+
+    for p in optimizers:
+        p.register_post_accumulate_grad_hook(hook)
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        for _ in range(pieces):
+            model(torch.randn(6, 4, dtype=torch.float64, generator=generator)).square().mean().backward()
+    return model
+
+
+def test_a_step_inside_a_backward_pass_is_torchs() -> None:
+    ours = stepped_in_backward(lambda ps: ds.AdamW(ps, lr=0.1), 5)
+    theirs = stepped_in_backward(lambda ps: torch.optim.AdamW(ps, lr=0.1), 5)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda ps: ds.Optimizer(ps, ds.chain(ds.clip_norm(1.0), ds.sgd(lr=0.1))), "clip_norm > sgd looks"),
+        (
+            lambda ps: ds.Optimizer(ps, ds.chain(ds.clip_history(), ds.sgd(lr=0.1))),
+            "clip_history > sgd looks",
+        ),
+        (lambda ps: ds.Optimizer(ps, ds.chain(ds.sgd(lr=0.1)), guard=True), "the guard looks"),
+        (lambda ps: ds.Optimizer(ps, ds.chain(ds.prodigy())), "prodigy looks"),
+    ],
+    ids=["clip", "history", "guard", "prodigy"],
+)
+def test_trap_42_what_needs_all_gradients_is_refused_inside_a_backward_pass(make: Any, said: str) -> None:
+    """An optimizer a tensor would clip each by its own norm, and skip each by itself."""
+    with pytest.raises(
+        ds.BadInput, match=f"^{said} at all gradients together, .*: call step.. after backward"
+    ):
+        stepped_in_backward(make, 1)
+
+
+def test_trap_42_clipping_in_the_chain_after_a_backward_pass_is_allowed() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = ds.Optimizer(model, ds.chain(ds.clip_norm(1.0), ds.sgd(lr=0.1)), guard=True)
+    before = model.weight.detach().clone()
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.weight, before)

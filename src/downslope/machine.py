@@ -76,6 +76,8 @@ class Machine:
         """Run the programs of a kind over what was gathered, counting as update `step`; the names of the
         culprits, where the guard stopped it. `rate` multiplies the learning rates.
         """
+        if torch._C._current_graph_task_id() >= 0:  # a hook of autograd called us
+            self._check_backward(kind)
         update = self._update(kind)
         found = update.run(self._tables(kind, rate), self.counts + 1, step, active)
         if found is None:
@@ -206,6 +208,15 @@ class Machine:
             plans.setdefault(id(self.chains[g]), []).append(i)
         by_id = {id(chain): chain for chain in self.chains}
         return [(self._program(kind, by_id[key]), places) for key, places in plans.items()]
+
+    def _check_backward(self, kind: str) -> None:
+        """BadInput for a step inside a backward pass by what needs the gradients that are yet to come."""
+        crossing = [program.name for program, _ in self._programs(kind) if program.crosses]
+        if crossing:
+            raise BadInput(
+                f"{'the guard' if self.guard else crossing[0]} looks at all gradients together, and a step "
+                "inside a backward pass sees some of them: call step() after backward()."
+            )
 
     def _program(self, kind: str, chain: Chain) -> Program:
         key = (kind, id(chain))

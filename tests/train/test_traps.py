@@ -3,8 +3,8 @@
 Those that tests of a room hold by themselves: 17 ratios of groups (test_groups.py), 21 steps that were
 skipped (test_optimizer.py), 23 no drift over a million steps (schedule/test_laws.py), 38 and 40 micro-batches
 (strategies/), 43 to 46 averages and BatchNorm (test_average.py, test_norm.py, test_curvature.py), 63
-smoothing where all is ignored (test_augment.py), 64 teachers (distill/). 42 cannot happen: no step is made in
-backward.
+smoothing where all is ignored (test_augment.py), 64 teachers (distill/). 42, a step inside a backward pass:
+test_optimizer.py.
 """
 
 from dataclasses import replace

@@ -224,6 +224,11 @@ class Program:
         return any(node.kind is Class.LENT or _from_lent(node) for node in self.nodes)
 
     @cached_property
+    def crosses(self) -> bool:
+        """Whether it looks at several tensors together, as norms over all of them do."""
+        return any(node.kind is Class.DEVICE for stage in self.stages for node in stage.reductions)
+
+    @cached_property
     def noises(self) -> tuple[Node, ...]:
         """The streams of random numbers that elementwise code draws."""
         return tuple(node for node in self.nodes if node.word_name.startswith("noise:"))
