@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -426,6 +428,50 @@ def test_elsewhere_nothing_is_found_and_nothing_moves(at: str) -> None:
     start = x.detach().clone()
     assert cv.escape(losses[at], [x], evidence).distance == 0
     assert torch.equal(x, start)
+
+
+def test_several_losses_stand_for_their_sum_in_the_memory_of_one() -> None:
+    model, parts = network(), [data(0), data(1), data(2)]
+    alive, most = weakref.WeakSet[Any](), 0
+
+    class Watched(torch.autograd.Function):
+        """The identity, counted for as long as a graph holds it."""
+
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            nonlocal most
+            ctx.mark = Mark()
+            alive.add(ctx.mark)
+            most = max(most, len(alive))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            return g
+
+    class Mark:
+        pass
+
+    def loss(part: tuple[Tensor, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(Watched.apply(model(part[0])), part[1])
+
+    def whole() -> Tensor:
+        return torch.stack([loss(part) for part in parts]).sum()
+
+    several = [partial(loss, part) for part in parts]
+    cv.saddle(several, model, gradient=1e9, steps=3)
+    assert most == 1
+    cv.saddle(whole, model, gradient=1e9, steps=3)
+    assert most == 3
+    one, other = (cv.saddle(losses, model, gradient=1e9, steps=300) for losses in (whole, several))
+    assert other.curvature == pytest.approx(one.curvature, rel=1e-9)
+    assert other.gradient_norm == pytest.approx(one.gradient_norm, rel=1e-12)
+    assert other.loss == pytest.approx(whole().item(), rel=1e-12)
+    ends = [cv.eigenvalues(losses, model, tolerance=1e-6).largest[0].value for losses in (whole, several)]
+    assert ends[1] == pytest.approx(ends[0], rel=1e-9)
+    moved = cv.escape(several, model, other, radius=0.1)
+    assert moved.before == pytest.approx(other.loss, rel=1e-12)
+    assert moved.after == pytest.approx(whole().item(), rel=1e-12)
 
 
 def test_curvature_above_the_threshold_is_no_saddle() -> None:

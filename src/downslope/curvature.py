@@ -1,8 +1,9 @@
 """Curvature: products with the Hessian, its extreme eigenvalues, the noise of gradients and the batch size it
 makes critical, and the way off a saddle. Nothing here leaves a trace on buffers, generators or gradients.
 
-A loss is a function without arguments that gives a scalar. Parameters are a model, whose trainable ones are
-meant and whose buffers are put back, or an iterable of tensors. Vectors are flat, in the parameters' order.
+A loss is a function without arguments that gives a scalar; where `Losses` are taken, several stand for their
+sum, each the same function at every call. Parameters are a model, whose trainable ones are meant and whose
+buffers are put back, or an iterable of tensors. Vectors are flat, in the parameters' order.
 """
 
 from __future__ import annotations
@@ -24,8 +25,13 @@ from downslope.errors import BadInput, nearest
 from downslope.inspection import untouched
 
 Loss = Callable[[], Tensor]
+Losses = Loss | Sequence[Loss]
 Parameters = nn.Module | Iterable[Tensor]
 Array = NDArray[np.float64]
+
+
+class NotFiniteError(BadInput):
+    """A product with a Hessian that is no finite number."""
 
 
 class _Space:
@@ -73,9 +79,9 @@ class _Space:
         with untouched(*self.model, *self.parameters), torch.enable_grad():
             yield
 
-    def value(self, loss: Loss) -> float:
+    def value(self, loss: Losses) -> float:
         with self.probed(), torch.no_grad():
-            return _scalar(loss()).item()
+            return math.fsum(_scalar(one()).item() for one in ([loss] if callable(loss) else loss))
 
 
 def _scalar(value: Tensor) -> Tensor:
@@ -126,6 +132,30 @@ class Hessian:
         return self._space.flat(found)
 
 
+class _Summed:
+    """The Hessian of a sum of losses. No two graphs are held at once: each product calls every loss anew."""
+
+    def __init__(self, losses: Sequence[Loss], parameters: Parameters) -> None:
+        self._space = space = _Space(parameters)
+        self._losses, self._of = losses, space.model[0] if space.model else space.parameters
+        self.loss, self.gradient = 0.0, torch.zeros(space.size, dtype=space.dtype, device=space.device)
+        for loss in losses:
+            hessian = Hessian(loss, self._of)
+            self.loss += hessian.loss
+            self.gradient += hessian.gradient
+            del hessian  # and its graph, before there is another
+
+    def __matmul__(self, vector: Tensor) -> Tensor:
+        found = torch.zeros_like(vector)
+        for loss in self._losses:
+            found += Hessian(loss, self._of) @ vector
+        return found
+
+
+def _hessian(loss: Losses, parameters: Parameters) -> Hessian | _Summed:
+    return Hessian(loss, parameters) if callable(loss) else _Summed(loss, parameters)
+
+
 def hessian_vector(loss: Loss, parameters: Parameters, vector: Sequence[Tensor]) -> list[Tensor]:
     """The Hessian times a vector, both as tensors shaped like the parameters. `Hessian` makes many."""
     hessian = Hessian(loss, parameters)
@@ -168,8 +198,8 @@ def lanczos(
 
     start: a vector with a part along what is sought; a random one has it. Stops when all asked-for residuals
     are below tolerance·|value| or `floor`, or after `steps` products; the residual of each pair is then
-    measured by one more. Memory: `steps` vectors. Of a repeated eigenvalue one vector is found. BadInput if a
-    product is not finite.
+    measured by one more. Memory: `steps` vectors. Of a repeated eigenvalue one vector is found. Raises
+    NotFiniteError.
     """
     eps = torch.finfo(start.dtype).eps
     basis = start.new_empty(min(steps, start.numel()), start.numel())
@@ -181,7 +211,7 @@ def lanczos(
         vector = product(vector)
         alphas.append(float(vector @ basis[k]))
         if not math.isfinite(alphas[-1]):
-            raise BadInput("a product is not finite: look at the loss and its gradient first.")
+            raise NotFiniteError("a product is not finite: look at the loss and its gradient first.")
         for _ in range(2):  # once leaves what cancellation left
             vector = vector - basis[: k + 1].T @ (basis[: k + 1] @ vector)
         betas.append(float(vector.norm()))
@@ -204,7 +234,7 @@ def lanczos(
 
 
 def eigenvalues(
-    loss: Loss,
+    loss: Losses,
     parameters: Parameters,
     *,
     smallest: int = 1,
@@ -223,7 +253,7 @@ def eigenvalues(
     >>> round(ends.smallest[0].value, 5), round(ends.largest[0].value, 5), ends.smallest[0].converged
     (-2.0, 2.0, True)
     """
-    hessian = Hessian(loss, parameters)
+    hessian = _hessian(loss, parameters)
     return lanczos(
         hessian.__matmul__,
         hessian._space.random(seed),
@@ -475,7 +505,7 @@ class Saddle:
 
 
 def saddle(
-    loss: Loss,
+    loss: Losses,
     parameters: Parameters,
     *,
     gradient: float = 1e-3,
@@ -487,9 +517,10 @@ def saddle(
 
     Both limits are in the loss's own units, per unit of weight and per its square (ε and √(ρε) of
     Jin et al. 2017, arXiv:1703.00887). The eigenvalue comes from `lanczos`, at most `steps` products, and is
-    not asked for where the gradient is large. One batch's saddle may be noise: use a loss over many items.
+    not asked for where the gradient is large. One batch's saddle may be noise: give the losses of many, which
+    take the memory of one.
     """
-    hessian = Hessian(loss, parameters)
+    hessian = _hessian(loss, parameters)
     norm = float(hessian.gradient.norm())
     if not norm <= gradient:
         return Saddle(hessian.loss, norm, gradient, curvature)
@@ -527,7 +558,7 @@ class Escape:
 
 
 def escape(
-    loss: Loss, parameters: Parameters, evidence: Saddle, *, radius: float = 0.1, halvings: int = 20
+    loss: Losses, parameters: Parameters, evidence: Saddle, *, radius: float = 0.1, halvings: int = 20
 ) -> Escape:
     """Step off a saddle, in place, along its negative curvature, with the sign that lowers the loss.
 
