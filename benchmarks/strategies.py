@@ -194,6 +194,8 @@ CHANGES: Mapping[str, Change] = {
 ELSEWHERE = {
     "teacher": "measured by benchmarks/distillation.py",
     "dropout": "none of the three models has a dropout layer",
+    "escape": "for a loss that stands still at a saddle, see tests/strategies/test_escape.py",
+    "restart": "for small models with bad minima, see tests/strategies/test_restart.py",
 }
 """Strategies that no change takes."""
 

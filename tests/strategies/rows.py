@@ -82,6 +82,15 @@ ROWS: Mapping[str, Sequence[Callable[[Path], Strategy]]] = {
             run=str(runs / "teacher"), method="hints", layers=(("stem", "stem"),), alpha=0.3
         ),
     ],
+    "escape": [
+        lambda _: st.escape(every=3, batches=2, gradient=1e6, curvature=1e-6, products=9),
+        lambda _: st.escape(every="25 %", gradient=1e6, curvature=1e-6, products=5, by="ball", radius=0.5),
+    ],
+    "restart": [
+        lambda _: st.restart(at="30 %", starts=3),
+        lambda _: st.restart(patience=1, min_delta=1.0, by="ball", radius=0.5),
+        lambda _: st.restart(patience=1, min_delta=0.2, on="metric", starts=2),
+    ],
     "stop": [
         lambda _: st.stop(patience=3),
         lambda _: st.stop(patience=1, on="metric", min_delta=0.05, relative=True, restore=False, warmup=9),

@@ -16,7 +16,16 @@ from downslope.train import Training
 Make = Callable[[Path], Strategy]
 STEPS, STOPPED = 8, 3
 PAIRS = list(combinations(ROWS, 2))
-REFUSED = {("mix", "smoothing"): r"^\[smoothing\] beside \[mix\] would smooth twice"}
+REFUSED = {
+    ("mix", "smoothing"): r"^\[smoothing\] beside \[mix\] would smooth twice",
+    ("freeze", "restart"): r"^\[restart\] begins anew, and does not go with \[freeze\], which is for weights",
+    (
+        "switch",
+        "restart",
+    ): r"^\[restart\] begins anew, and does not go with \[switch\], which counts one training",
+    ("average", "restart"): r"^\[restart\] begins anew, and does not go with \[average\], which would mix",
+    ("restart", "stop"): r"^\[restart\] begins anew, and does not go with \[stop\], which would end",
+}
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,12 @@
 
 from downslope.strategies.average import average
 from downslope.strategies.data import micro, mix, smoothing
+from downslope.strategies.escape import escape
 from downslope.strategies.growth import growth
 from downslope.strategies.layers import depth, dropout, freeze, normalisation, rates, start
 from downslope.strategies.live import Company, begin
 from downslope.strategies.pace import Pace
+from downslope.strategies.restart import restart
 from downslope.strategies.stop import stop
 from downslope.strategies.strategy import Batch, Live, Loss, Setting, Strategy
 from downslope.strategies.switch import switch
@@ -27,6 +29,8 @@ STRATEGIES: dict[str, type[Strategy]] = {
         switch,
         average,
         teacher,
+        escape,
+        restart,
         stop,
     )
 }
@@ -45,12 +49,14 @@ __all__ = [
     "begin",
     "depth",
     "dropout",
+    "escape",
     "freeze",
     "growth",
     "micro",
     "mix",
     "normalisation",
     "rates",
+    "restart",
     "smoothing",
     "start",
     "stop",

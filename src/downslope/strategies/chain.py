@@ -86,6 +86,12 @@ def numbers_of(made: Chain) -> Iterator[Any]:
             yield from value if isinstance(value, tuple) else (value,)
 
 
+def chain_of(optimizer: Optimizer, group: Mapping[str, Any]) -> Chain:
+    """The chain of a param group."""
+    made = optimizer.chain
+    return made if isinstance(made, Chain) else made.of(group.get("role"))
+
+
 def carried(optimizer: Optimizer, new: Chain) -> dict[Tensor, dict[str, Tensor]]:
     """What of an optimizer's state goes on under a new chain, by parameter and slot.
 
@@ -96,7 +102,7 @@ def carried(optimizer: Optimizer, new: Chain) -> dict[Tensor, dict[str, Tensor]]
     """
     found = {}
     for group in optimizer.param_groups:
-        old = optimizer.chain if isinstance(optimizer.chain, Chain) else optimizer.chain.of(group.get("role"))
+        old = chain_of(optimizer, group)
         for parameter in group["params"]:
             if parameter in optimizer.state:
                 found[parameter] = _carried(old, new, group, optimizer.state[parameter])

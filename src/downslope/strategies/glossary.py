@@ -79,6 +79,24 @@ MEANINGS: Mapping[str, Mapping[str, str]] = {
         "patience": 'validations without a better loss, of at = "plateau"',
         "tolerance": 'how close the projected rate must settle, of at = "swats"',
     },
+    "escape": {
+        "every": "from one test to the next, and so between two moves at least",
+        "batches": "how many of the training's first batches are what is tested",
+        "gradient": "norm of it, in the loss's unit per unit of weight, up to which curvature is asked for",
+        "curvature": "a least eigenvalue below minus this is a saddle's, in units per weight squared",
+        "products": "of the Hessian with a vector, at most, for the least eigenvalue",
+        "by": "direction (of the least eigenvalue, downhill) or ball (a vector drawn from it)",
+        "radius": "the longest move, in units of the weight, over all weights together",
+    },
+    "restart": {
+        "at": 'from one start to the next: a duration, or "plateau"',
+        "starts": "how many at most, the first one included",
+        "by": "fresh (first weights drawn anew) or ball (the best so far, moved)",
+        "radius": "of the ball, in units of the weight, over all weights together",
+        "patience": 'validations in a row that are no improvement, of at = "plateau"',
+        "min_delta": "by how much a validation must be better than the best of its start to count",
+        "on": "loss or metric, by which the best is chosen",
+    },
     "stop": {
         "patience": "validations in a row that are no improvement, after which it is over",
         "min_delta": "by how much a validation must be better than the best to count",
@@ -102,6 +120,8 @@ TOOLS: Mapping[str, str] = {
     "growth": "ds.strategies.Pace",
     "average": "ds.Average",
     "teacher": "ds.distill",
+    "escape": "ds.curvature.saddle, ds.curvature.escape, ds.curvature.perturb",
+    "restart": "ds.EarlyStopping, ds.curvature.perturb",
     "stop": "ds.EarlyStopping",
 }
 """What does the same without a recipe, by strategy."""

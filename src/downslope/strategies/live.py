@@ -12,8 +12,10 @@ from downslope.strategies.strategy import Batch, Live, Loss, Setting, Strategy
 
 
 def begin(strategies: Mapping[str, Strategy], training: Setting) -> Company:
-    """The live parts of a training's strategies."""
-    return Company({name: strategy.begin(training) for name, strategy in strategies.items()})
+    """The live parts of a training's strategies, each of which may look at all."""
+    company = Company({name: strategy.begin(training) for name, strategy in strategies.items()})
+    training.strategies, training.parts = strategies, company.parts
+    return company
 
 
 class Company:

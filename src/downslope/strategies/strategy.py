@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Self, get_type_hints
 
 from torch import Tensor, nn
@@ -31,7 +31,8 @@ class Setting:
 
     `rates`: what durations need, in updates (see `ds.Recipe.rates`). `batches(n)`: the first n of
     the training's batches. `better`: whether of two metrics the higher is better. `teacher(folder)`: the
-    trained model of a finished run.
+    trained model of a finished run. Where live parts are told of anything: `strategies`, all of the recipe's;
+    `parts(batch)`: a batch as they change and cut it, in pieces with their shares.
     """
 
     model: nn.Module
@@ -43,6 +44,8 @@ class Setting:
     loss: Loss
     teacher: Callable[[str], nn.Module]
     optimizer: Optimizer | None = None
+    strategies: Mapping[str, Strategy] = field(default_factory=dict)
+    parts: Callable[[Batch], Iterable[tuple[Batch, float]]] = lambda batch: [(batch, 1.0)]
 
 
 class Live:
