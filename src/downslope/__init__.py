@@ -142,6 +142,7 @@ from downslope.schedule import (
 )
 from downslope.tasks import Player, Task, accuracy, cross_entropy, squared_error, task, tasks
 from downslope.train import (
+    Checkpoints,
     Diverged,
     Proof,
     Resumed,
@@ -181,6 +182,7 @@ __all__ = [
     "Averaging",
     "BadInput",
     "Chain",
+    "Checkpoints",
     "Distillation",
     "Diverged",
     "DoG",

@@ -70,6 +70,11 @@ class Journal:
         """The journal at `path`, made if it is not there, ready for the next event."""
         return cls(path)
 
+    @property
+    def last(self) -> int:
+        """The "seq" of the last event; -1 if there is none."""
+        return self._end[0] - 1
+
     def append(self, kind: str, /, sync: bool = True, **fields: Any) -> int:
         """Write one event and return its "seq"; on disk when this returns, unless `sync` is False.
 

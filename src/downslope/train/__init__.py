@@ -7,10 +7,12 @@ from downslope.train.player import Diverged, Move, Side
 from downslope.train.proof import Proof, verify_resume
 from downslope.train.run import Run, resume, train
 from downslope.train.state import Resumed, Snapshot, TrainState
+from downslope.train.store import Checkpoints
 from downslope.train.training import Attempt, Evaluation, Training
 
 __all__ = [
     "Attempt",
+    "Checkpoints",
     "Damaged",
     "Diverged",
     "Evaluation",

@@ -1,44 +1,61 @@
 """The loop of a run: advance, journal, validate, save, stop when asked. It decides nothing about numbers."""
 
-import re
+import signal
 import time
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from downslope.errors import UserCodeError
-from downslope.folder import check_name, disk
-from downslope.journal import Event, Journal
-from downslope.recipe import Recipe
-from downslope.tasks import Task
-from downslope.train import checkpoint
+from downslope.journal import Event
+from downslope.parallel import alive
 from downslope.train.plan import Plan
 from downslope.train.player import Diverged
 from downslope.train.progress import Show
 from downslope.train.signals import Signals
+from downslope.train.store import Store
 from downslope.train.training import Attempt, Evaluation, Training
-
-KEEP = 2
-"""Checkpoints that are kept; an older one goes after a newer one has been read back and verified."""
 
 MINUTE = 60.0
 """Seconds between checkpoints where the plan says nothing else."""
 
 _WRITTEN_AT_ONCE = 100
 _NAMES = 20  # of parameters, in one skip event
-_CHECKPOINT = re.compile(r"step-\d{9,}")
+
+
+class Elsewhere:
+    """The store of a rank that leaves writing to the first, and its journal too."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.journal = self
+
+    def append(self, kind: str, /, sync: bool = True, **fields: Any) -> int:
+        """Nothing."""
+        return 0
+
+    def save(self, state: Training) -> None:
+        """Hand over what of the state lies here."""
+        state.gather()
+
+    def settle(self, wait: bool = False) -> None:
+        """Nothing."""
 
 
 class Loop:
-    """One training, from where `state` stands to its end. `past` are the events that count so far."""
+    """One training, from where `state` stands to its end. `past` are the events that count so far.
+
+    All ranks of a training run it. What depends on a clock or a signal is agreed on: the clock is that of the
+    first rank, and a signal to any is one to all.
+    """
 
     def __init__(
-        self, state: Training, plan: Plan, journal: Journal, past: Sequence[Event], show: Show
+        self, state: Training, plan: Plan, store: Store | Elsewhere, past: Sequence[Event], show: Show
     ) -> None:
-        self.state, self.plan, self.journal, self.show = state, plan, journal, show
-        self.folder = journal.path.parent / "ckpt"
+        self.state, self.plan, self.store, self.show = state, plan, store, show
+        self.journal = store.journal
         self.valid = next(
             (Evaluation(e["loss"], e["metric"]) for e in reversed(past) if e["kind"] == "valid"), None
         )
@@ -47,6 +64,7 @@ class Loop:
         self._saved = self._mark = self._written = time.monotonic()
         self._attempts: list[tuple[Attempt, float]] = []
         self._signals = Signals()
+        self._signal, self._overdue = 0, False
 
     def run(self) -> Evaluation:
         """Train to the end and return the last validation. Each piece of work is saved before it is left."""
@@ -56,11 +74,15 @@ class Loop:
                 self._advance(min(self._next(plan.valid_every), self._next(plan.save_every), plan.steps))
                 if state.step == self._next(plan.valid_every, 0) or state.done:
                     self._validate()
+                self._agree()
                 if self._save_due():
                     self._save()
-                if self._signals.caught:
+                if self._signal:
+                    self._signals.caught = signal.Signals(self._signal)
                     self.show.say(f"{self._signals.caught.name}: saved at step {state.step}.")
+                    self.store.settle(wait=True)
                     self._signals.leave()
+            self.store.settle(wait=True)
         assert self.valid is not None, "the last update is followed by a validation, and that by a checkpoint"
         return self.valid
 
@@ -79,16 +101,23 @@ class Loop:
         self._write()
 
     def _told(self, attempt: Attempt) -> bool:
+        self.store.settle()
         now = time.monotonic()
         self.seconds += now - self._mark
         self._mark = now
         self._attempts.append((attempt, self.seconds))
         if len(self._attempts) >= _WRITTEN_AT_ONCE or now > self._written + 1:
             self._write()
-        return self._signals.caught is not None or self._overdue()
+        self._agree()
+        return self._signal > 0 or self._overdue
 
-    def _overdue(self) -> bool:
-        return self.plan.save_every is None and time.monotonic() > self._saved + MINUTE
+    def _agree(self) -> None:
+        """Whether all are to stop, and whether all are to save."""
+        alive()
+        late = self.plan.save_every is None and time.monotonic() > self._saved + MINUTE
+        ranks = self.state.ranks
+        self._signal, overdue = ranks.most(self._signals.caught or 0, late and ranks.leads)
+        self._overdue = bool(overdue)
 
     def _write(self) -> None:
         """The attempts so far go into the journal; their losses are fetched together, in one wait."""
@@ -119,20 +148,12 @@ class Loop:
 
     def _save_due(self) -> bool:
         step = self.state.step
-        due = self.state.done or self._overdue() or self._signals.caught is not None
+        due = self.state.done or self._overdue or self._signal > 0
         return step > self._saved_at and (due or step == self._next(self.plan.save_every, 0))
 
     def _save(self) -> None:
-        """A checkpoint is acknowledged by its event; only then, and verified, may an older one go."""
-        name = f"step-{self.state.step:09d}"
-        self.journal.check()
-        sha = self.state.save(self.folder / name)
-        self.journal.append("checkpoint", step=self.state.step, name=name, sha=sha)
-        self._saved_at, self._saved = self.state.step, time.monotonic()
-        checkpoint.verify(self.folder / name, sha)
-        kept = sorted(path for path in self.folder.iterdir() if _CHECKPOINT.fullmatch(path.name))
-        for path in kept[:-KEEP]:
-            checkpoint.remove(path)
+        self.store.save(self.state)
+        self._saved_at, self._saved, self._overdue = self.state.step, time.monotonic(), False
 
 
 def _players(attempts: Sequence[tuple[Attempt, float]]) -> list[dict[str, dict[str, Any]]]:
@@ -144,46 +165,3 @@ def _players(attempts: Sequence[tuple[Attempt, float]]) -> list[dict[str, dict[s
     every = [move.loss for moves in named for move in moves.values()]
     losses = iter(torch.stack(every).tolist() if every else [])
     return [{name: {"loss": next(losses), "lr": move.lr} for name, move in moves.items()} for moves in named]
-
-
-def restore(
-    plan: Plan,
-    task: Task,
-    recipe: Recipe,
-    folder: Path,
-    past: Sequence[Event],
-    fresh: Training | None = None,
-) -> tuple[Training, int, list[str]]:
-    """The newest state on which files, manifest and journal agree; the "seq" it stands at; what was damaged.
-
-    Without one, the run begins again from its seed, with the state `fresh` if there is one. Whatever else
-    lies among the checkpoints goes, but for the damaged: they are set aside.
-    """
-    saved = [event for event in past if event["kind"] == "checkpoint"]
-    damaged: dict[str, str] = {}
-    state, after = None, past[0]["seq"] if past else 0
-    for event in reversed(saved):
-        path = folder / check_name(event["name"])
-        if not path.exists() and event not in saved[-KEEP:]:
-            continue  # it has long been replaced by newer ones
-        try:
-            state, after = Training.load(path, task, recipe, event["sha"]), event["seq"]
-            break
-        except checkpoint.Damaged as error:
-            damaged[event["name"]] = str(error)
-    kept = [event["name"] for event in saved if event["seq"] <= after][-KEEP:]
-    _tidy(folder, set(kept), damaged.keys())
-    state = state or fresh or Training(task, recipe, plan.seed, plan.threads)
-    return state, after, list(damaged.values())
-
-
-def _tidy(folder: Path, good: Set[str], damaged: Set[str]) -> None:
-    """Nothing is left where a checkpoint will be written."""
-    for path in folder.iterdir():
-        if path.name in damaged:
-            aside = path.with_name(f"{path.name}.damaged")
-            checkpoint.remove(aside)
-            with disk(f"rename {path}"):
-                path.rename(aside)
-        elif path.name not in good and not path.name.endswith(".damaged"):
-            checkpoint.remove(path)

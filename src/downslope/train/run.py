@@ -4,9 +4,12 @@ The folder holds `run.json` and `recipe.toml` (what it is), `journal.jsonl` (wha
 can go on from) and, in the end, `result.json`.
 """
 
+import json
 import math
 import os
 import re
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,17 +19,28 @@ from torch import nn
 from downslope.errors import BadInput
 from downslope.folder import RunFolder, disk
 from downslope.journal import Event, Journal, read
+from downslope.parallel import PATIENCE, Ranks, joined, watched
 from downslope.recipe import Recipe
 from downslope.tasks import Task
 from downslope.tasks import task as find
 from downslope.train import checkpoint
 from downslope.train.history import history, losses
-from downslope.train.loop import Loop, restore
+from downslope.train.loop import Elsewhere, Loop
 from downslope.train.plan import Plan
 from downslope.train.progress import Show
+from downslope.train.store import Store
 from downslope.train.training import Evaluation, Training
 
-_OURS = {"run.lock", "run.json", "recipe.toml", "journal.jsonl", "journal.jsonl.lock", "ckpt", "result.json"}
+_OURS = {
+    "run.lock",
+    "run.json",
+    "recipe.toml",
+    "journal.jsonl",
+    "journal.jsonl.lock",
+    "ckpt",
+    "ranks",
+    "result.json",
+}
 
 
 @dataclass(frozen=True)
@@ -79,29 +93,37 @@ def train(
     valid_every: int | None = None,
     save_every: int | None = None,
     quiet: bool = False,
+    background: bool = False,
+    shard: bool = False,
+    patience: float = PATIENCE,
 ) -> Run:
     """Train a task (or the address of one) by a recipe, the task's own unless given, in the folder `out`.
 
     Validated every `valid_every` updates (default: 20 times), saved every `save_every` (default: once a
-    minute), tested once, at the end. After kill -9 at any instant the same call, or `resume`, goes on and
-    ends in the same bits. SIGINT and SIGTERM save first. BadInput if the folder holds anything but this run.
+    minute, in the `background` if so), tested once, at the end. After kill -9 at any instant the same call,
+    or `resume`, goes on and ends in the same bits. SIGINT and SIGTERM save first. BadInput if the folder
+    holds anything but this run. Under torchrun every rank calls it: see `resume`.
     """
     task = find(task) if isinstance(task, str) else task
     recipe, path = recipe or task.recipe, Path(out)
     plan = Plan.of(task, recipe, seed, valid_every, save_every)
-    begun = (path / "run.json").exists()
-    if not begun and path.is_dir() and (others := _foreign(path)):
-        raise BadInput(f"{out} is not a run, it holds {others[0]}: give another folder.")
-    # Made before the folder is: what is wrong with task or recipe shows here, and leaves nothing behind.
-    fresh = None if begun else Training(task, recipe, seed, plan.threads)
-    with RunFolder(out) as folder:
-        if (path / "run.json").exists():
-            begun_as = _plan(path)
-            begun_as.same(plan, out)
-            return _go_on(folder, begun_as, task, begun_as.find_recipe(out), quiet)
-        folder.write("recipe.toml", plan.recipe.encode())
-        folder.write("run.json", plan.text())
-        return _go_on(folder, plan, task, recipe, quiet, fresh)
+    with joined(shard, patience) as ranks:
+        ranks.check_same("a training", plan.sha)
+        begun = ranks.told(lambda: (path / "run.json").exists())
+        if ranks.leads and not begun and path.is_dir() and (others := _foreign(path)):
+            raise BadInput(f"{out} is not a run, it holds {others[0]}: give another folder.")
+        # Made before the folder is: what is wrong with task or recipe shows here, and leaves nothing behind.
+        fresh = None if begun else Training(task, recipe, seed, plan.threads, ranks=ranks)
+        if not ranks.leads:
+            return _follow(path, task, ranks, fresh)
+        with RunFolder(out) as folder:
+            if (path / "run.json").exists():
+                begun_as = _plan(path)
+                begun_as.same(plan, out)
+                return _go_on(folder, begun_as, task, begun_as.find_recipe(out), quiet, background, ranks)
+            folder.write("recipe.toml", plan.recipe.encode())
+            folder.write("run.json", plan.text())
+            return _go_on(folder, plan, task, recipe, quiet, background, ranks, fresh)
 
 
 def resume(
@@ -110,44 +132,107 @@ def resume(
     *,
     allow_code_change: bool = False,
     quiet: bool = False,
+    background: bool = False,
+    shard: bool = False,
+    patience: float = PATIENCE,
 ) -> Run:
     """Go on with the run in a folder: it ends in the same bits as if it had never been interrupted.
 
     `task` is needed only where the run's own has no address. BadInput, saying what has changed, if recipe,
-    data or task file are not those it began with; `allow_code_change` accepts the latter two.
+    data or task file are not those it began with; `allow_code_change` accepts the latter two. Under torchrun
+    every rank calls it: they share each batch, and with `shard` the weights too (FSDP2). On other ranks than
+    before, numbers are equal only to rounding. `patience`: seconds without progress until ranks are given up.
     """
     path = Path(out)
     plan = _plan(path)
     recipe = plan.find_recipe(path)
     task = plan.find_task(task, allow_code_change)
-    with RunFolder(path) as folder:
-        return _go_on(folder, plan, task, recipe, quiet)
+    with joined(shard, patience) as ranks:
+        if not ranks.leads:
+            return _follow(path, task, ranks)
+        with RunFolder(path) as folder:
+            return _go_on(folder, plan, task, recipe, quiet, background, ranks)
 
 
 def _go_on(
-    folder: RunFolder, plan: Plan, task: Task, recipe: Recipe, quiet: bool, fresh: Training | None = None
+    folder: RunFolder,
+    plan: Plan,
+    task: Task,
+    recipe: Recipe,
+    quiet: bool,
+    background: bool,
+    ranks: Ranks,
+    fresh: Training | None = None,
 ) -> Run:
     path = folder.path
     with disk(f"write the folder {path}"):
         (path / "ckpt").mkdir(mode=0o700, exist_ok=True)
     show = Show(plan.task, plan.steps, task.metric_name, quiet)
     with Journal.open(path / "journal.jsonl") as journal, show:
-        past = history(read(journal.path))
-        if versions := plan.other_versions():
-            show.say(versions)
-        state, after, damaged = restore(plan, task, recipe, path / "ckpt", past, fresh)
+        everything = read(journal.path)
+        past = history(everything)
+        for sentence in filter(None, [plan.other_versions(), _other_ranks(everything, ranks)]):
+            show.say(sentence)
+        store = Store(path / "ckpt", journal, background)
+        found, after, damaged = store.newest(
+            past, lambda at, sha: Training.load(at, task, recipe, sha, ranks)
+        )
+        state = found or fresh or Training(task, recipe, plan.seed, plan.threads, ranks=ranks)
         for sentence in damaged:
             show.say(f"{sentence} Going on from step {state.step}.")
         ended = next((event for event in past if event["kind"] == "end"), None)
+        ranks.told(lambda: {"plan": plan.text().decode(), "past": _brief(past, after), "ended": ended})
         if ended is None or not state.done:
+            how: dict[str, Any] = {"world": ranks.world, "shard": ranks.shard}
             if past:
                 entry = task.entry.data() if task.entry else None
-                journal.append("resume", step=state.step, after=after, damaged=damaged, entry=entry)
+                journal.append("resume", step=state.step, after=after, damaged=damaged, entry=entry, **how)
             else:
-                journal.append("start", **_start(plan, task, recipe))
-            past = [event for event in past if event["seq"] <= after]
-            ended = _finish(folder, Loop(state, plan, journal, past, show))
+                journal.append("start", **_start(plan, task, recipe), **how)
+            past = history([*past, {"kind": "resume", "after": after}])
+            ended = _finish(folder, Loop(state, plan, store, past, show))
     return _run(path, plan, task, state, ended)
+
+
+def _follow(path: Path, task: Task, ranks: Ranks, fresh: Training | None = None) -> Run:
+    """The part of a rank that leaves deciding and writing to the first: it goes on from where that one does,
+    which it finds in the same folder.
+    """
+    said = ranks.told(dict[str, Any])
+    plan, past, ended = Plan(**json.loads(said["plan"])), said["past"], said["ended"]
+    recipe = Recipe.parse(plan.recipe)
+    if saved := next((event for event in past if event["kind"] == "checkpoint"), None):
+        state = Training.load(path / "ckpt" / saved["name"], task, recipe, saved["sha"], ranks)
+    else:
+        state = fresh or Training(task, recipe, plan.seed, plan.threads, ranks=ranks)
+    if ended is None or not state.done:
+        with Show(plan.task, plan.steps, task.metric_name, quiet=True) as show:
+            ended = _finish(None, Loop(state, plan, Elsewhere(path / "journal.jsonl"), past, show))
+    return _run(path, plan, task, state, ended)
+
+
+def _brief(past: Sequence[Event], after: int) -> list[Event]:
+    """What of the past other ranks need: the checkpoint to go on from, and the last of what a Loop reads."""
+    counting = history([*past, {"kind": "resume", "after": after}])
+    last = {event["kind"]: event for event in counting if event["kind"] in ("valid", "step")}
+    saved = [event for event in counting if event["kind"] == "checkpoint"]
+    return [*last.values(), *(event for event in saved if event.get("after", event["seq"]) == after)]
+
+
+def _other_ranks(events: Sequence[Event], ranks: Ranks) -> str:
+    """What it means that a run goes on on other ranks than before, as a sentence; empty if it does not."""
+    begun = [event for event in events if event["kind"] in ("start", "resume")][-1:]
+    was = [(event.get("world", 1), event.get("shard", False)) for event in begun]
+    if was in ([], [(ranks.world, ranks.shard)]):
+        return ""
+    then, now = (
+        f"{world} rank{'s' * (world > 1)}{' with --shard' * shard}"
+        for world, shard in (*was, (ranks.world, ranks.shard))
+    )
+    return (
+        f"The run was on {then} and goes on on {now}: numbers are now equal only to rounding, and what is "
+        "drawn at random is drawn anew."
+    )
 
 
 def _plan(path: Path) -> Plan:
@@ -164,15 +249,19 @@ def _start(plan: Plan, task: Task, recipe: Recipe) -> dict[str, Any]:
     return {"task": plan.task, "recipe": recipe.hash, "seed": plan.seed, "steps": plan.steps, **about}
 
 
-def _finish(folder: RunFolder, loop: Loop) -> Event:
+def _finish(folder: RunFolder | None, loop: Loop) -> Event:
     """Train to the end, test, and say so: the test part is looked at here and nowhere else."""
-    valid, state = loop.run(), loop.state
-    if state.finish():
-        valid = state.evaluate("valid")
-    test = state.evaluate("test") if state.task.test is not None else None
+    state, ranks = loop.state, loop.state.ranks
+    stacks = loop.journal.path.with_name("ranks") / f"rank-{ranks.rank}.stacks"
+    with watched(stacks, ranks.patience) if ranks.together else nullcontext():
+        valid = loop.run()
+        if state.finish():
+            valid = state.evaluate("valid")
+        test = state.evaluate("test") if state.task.test is not None else None
     ended: dict[str, Any] = {"step": state.step, "valid": valid.data(), "test": test.data() if test else None}
     result = {"schema": 1, **ended, "valid": _finite(valid), "test": test and _finite(test)}
-    folder.write("result.json", checkpoint.dump(result))
+    if folder is not None:
+        folder.write("result.json", checkpoint.dump(result))
     loop.journal.append("end", **ended)
     return ended
 

@@ -140,11 +140,14 @@ class TrainState:
                 raise
             raise checkpoint.Damaged(f"the checkpoint {folder} is damaged: state.json: {error!r}.") from None
 
-    def snapshot(self) -> Snapshot:
-        """The state at this moment, in memory of its own."""
-        shot = self._shot()
+    def snapshot(self, into: Snapshot | None = None) -> Snapshot:
+        """The state at this moment, in memory of its own: that of `into`, a snapshot that is not needed any
+        more, where it has as much.
+        """
+        shot, old = self._shot(), into.tensors if into is not None else {}
         tensors = {
-            name: {key: tensor.clone() for key, tensor in held.items()} for name, held in shot.tensors.items()
+            name: {key: _copied(tensor, old.get(name, {}).get(key)) for key, tensor in held.items()}
+            for name, held in shot.tensors.items()
         }
         return Snapshot(shot.data, tensors, shot.generators)
 
@@ -231,6 +234,12 @@ def generator_fields(generators: Generators) -> dict[str, str]:
         items = value if name == "devices" else {name: value}
         found |= {f"generator {key}": digest(str(item).encode()) for key, item in items.items()}
     return found
+
+
+def _copied(tensor: Tensor, old: Tensor | None) -> Tensor:
+    if old is None or old.shape != tensor.shape or old.dtype != tensor.dtype:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return old.copy_(tensor)
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

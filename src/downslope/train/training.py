@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from downslope.errors import BadInput
 from downslope.journal import read
 from downslope.optimizer import Optimizer
-from downslope.parallel import ALONE, Objective, Ranks, lost, sharded
+from downslope.parallel import ALONE, Objective, Ranks, alive, lost, sharded
 from downslope.recipe import Recipe
 from downslope.schedule import in_steps
 from downslope.strategies import Setting, begin
@@ -262,6 +262,7 @@ class Training:
 
     def _judged(self, data: Data, start: int, end: int) -> tuple[float, float, float]:
         """Loss and metric of the samples from `start` to before `end`, and how many these are."""
+        alive()
         task, of = self.task, self.objective.of
         with lost(), guest(f"The loss or metric of {task.name or 'the task'}"):
             batch = moved(take(data, torch.arange(start, end)), self._device)
@@ -280,14 +281,15 @@ class Training:
     def save(self, folder: Folder) -> str:
         """Write a checkpoint, durably and whole or not at all, and return the SHA-256 of its manifest.
 
-        The same state gives the same bytes. Of several ranks, which hold the same, the first writes. BadInput
-        if the folder is there already, or the disk refuses.
+        The same state gives the same bytes. BadInput if the folder is there already, or the disk refuses. Of
+        several ranks, which hold the same, one saves; with sharded weights the others `gather` meanwhile.
         """
-        if not self.ranks.together:
-            return self._counted(lambda state: state.save(folder))
-        files = self._counted(TrainState.files) if self.ranks.leads or self.ranks.shard else {}
-        about = {"step": self.step, "world": self.ranks.world}
-        return self.ranks.told(lambda: checkpoint.write(folder, files, **about))
+        return self._counted(lambda state: state.save(folder))
+
+    def gather(self) -> None:
+        """Take part in the saving of another rank, if parts of the state lie here."""
+        if self.ranks.shard:
+            self._counted(TrainState.files)
 
     @classmethod
     def load(
@@ -317,9 +319,9 @@ class Training:
         made._go_on(lambda state: state.load(folder, sha=sha))
         return made
 
-    def snapshot(self) -> Snapshot:
-        """The training at this moment, in memory of its own."""
-        return self._counted(TrainState.snapshot)
+    def snapshot(self, into: Snapshot | None = None) -> Snapshot:
+        """The training at this moment, in memory of its own: that of `into`, if it has as much."""
+        return self._counted(lambda state: state.snapshot(into))
 
     def restore(self, shot: Snapshot) -> None:
         """Go on from a snapshot of this training, which may be used again."""
