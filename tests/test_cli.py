@@ -1,5 +1,6 @@
 """The command line: results on stdout, faults as one line on stderr, exit codes that scripts can trust."""
 
+import importlib
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import pytest
 
 import downslope as ds
 from downslope.cli import run
+from downslope.description import TOOLBOX
 from downslope.race import Standings
 from downslope.recipe import Recipe
 from downslope.rules import links, rules
@@ -21,6 +23,7 @@ from downslope.schedule import KINDS, example
 from downslope.strategies import STRATEGIES
 from downslope.tasks import task, tasks
 
+ROOT = Path(__file__).parents[1]
 QUICK = """
 import torch
 import downslope as ds
@@ -141,6 +144,7 @@ def test_list_names_everything(capfd: pytest.CaptureFixture[str]) -> None:
         "links": links(),
         "schedules": KINDS,
         "strategies": STRATEGIES,
+        "tools": TOOLBOX,
     }
     assert {kind: list(rows) for kind, rows in listed.items()} == {
         kind: list(names) for kind, names in every.items()
@@ -194,6 +198,21 @@ def test_show_prints_a_strategy_with_its_table(name: str, capfd: pytest.CaptureF
         found: object = ds
         for part in tool.split(".")[1:] if tool.startswith("ds.") else ():
             found = getattr(found, part)
+
+
+@pytest.mark.parametrize("name", TOOLBOX)
+def test_show_prints_a_tool_with_its_call_and_its_page(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    tool, page = TOOLBOX[name]
+    assert run(["show", name, "--json"]) == 0
+    data = json.loads(capfd.readouterr().out)
+    data = next((one for one in data.get("entries", []) if one["kind"] == "tool"), data)
+    assert data["call"].startswith(f"{tool.__name__}(")
+    assert " at 0x" not in data["call"]
+    _, room, _, imported = data["import"].split()
+    assert getattr(importlib.import_module(room), imported) is tool
+    assert f"`{name.split('.')[-1]}" in (ROOT / data["page"]).read_text("utf-8").replace("`ds.", "`"), page
+    assert run(["show", name]) == 0
+    assert data["call"] in capfd.readouterr().out
 
 
 def test_a_name_of_two_things_shows_both(

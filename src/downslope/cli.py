@@ -188,20 +188,20 @@ def log(
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(metavar="RULE|LINK|SCHEDULE|STRATEGY|TASK")],
+    name: Annotated[str, typer.Argument(metavar="RULE|LINK|SCHEDULE|STRATEGY|TOOL|TASK")],
     as_json: Json = False,
 ) -> None:
-    """What a rule, link, schedule, strategy or built-in task is: formula, source, numbers."""
+    """What a rule, link, schedule, strategy, tool or built-in task is: formula, source, numbers."""
     found = describe(name)
     _answer(as_json, found.data, lambda: found.text.rstrip())
 
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(metavar="[tasks|rules|links|schedules|strategies]")] = "",
+    what: Annotated[str, typer.Argument(metavar="[tasks|rules|links|schedules|strategies|tools]")] = "",
     as_json: Json = False,
 ) -> None:
-    """What there is: tasks, rules, links, schedules, strategies."""
+    """What there is: tasks, rules, links, schedules, strategies, tools."""
     every = catalogue()
     if what and what not in every:
         raise BadInput(f"There is no list {what!r}.{nearest(what, every)} There are: {', '.join(every)}.")

@@ -1,4 +1,4 @@
-"""What there is, described: rules, links, schedules, strategies, tasks; as data, and as text for people."""
+"""What there is, described: rules, links, schedules, strategies, tools, tasks; as data, and as text."""
 
 import inspect
 import json
@@ -7,7 +7,31 @@ from dataclasses import MISSING, dataclass, fields
 from textwrap import indent
 from typing import Any
 
+from downslope import curvature, init, norm
+from downslope.augment import (
+    EarlyStopping,
+    Mix,
+    cutmix,
+    mixup,
+    set_dropout,
+    smoothed_cross_entropy,
+    soft_targets,
+    stochastic_depth,
+)
+from downslope.average import Average, ema, polynomial_average, swa, tail
+from downslope.distill import Teacher, Teachers, TopK, born_again, distill, exits, mutual
 from downslope.errors import BadInput, nearest
+from downslope.groups import (
+    discriminative,
+    freeze,
+    gradual_unfreeze,
+    groups,
+    layer_decay,
+    layers,
+    no_decay,
+    param_groups,
+    roster,
+)
 from downslope.rules import Rule, links, rules
 from downslope.rules.glossary import term
 from downslope.schedule import FORMS, KINDS, Schedule, example
@@ -15,7 +39,68 @@ from downslope.schedule import term as term_of
 from downslope.strategies import STRATEGIES, Strategy
 from downslope.strategies.field import word
 from downslope.strategies.glossary import TOOLS, meaning
-from downslope.tasks import Task, size, task, tasks
+from downslope.tasks import Player, Task, size, task, tasks
+
+_OF_PAGES: Mapping[str, tuple[Any, ...]] = {
+    "groups": (
+        groups,
+        layers,
+        layer_decay,
+        discriminative,
+        freeze,
+        gradual_unfreeze,
+        no_decay,
+        param_groups,
+        roster,
+    ),
+    "initialisation": (init.initialise, init.lsuv, init.zero_residual, init.check),
+    "normalisation": (
+        norm.compare,
+        norm.recalibrate,
+        norm.recalibrated,
+        norm.freeze,
+        norm.unfreeze,
+        norm.fold,
+        norm.to_ghost,
+        norm.to_group,
+    ),
+    "regularisation": (
+        smoothed_cross_entropy,
+        soft_targets,
+        Mix,
+        mixup,
+        cutmix,
+        set_dropout,
+        stochastic_depth,
+        EarlyStopping,
+    ),
+    "averages": (Average, ema, swa, tail, polynomial_average),
+    "distillation": (distill, mutual, exits, born_again, Teacher, Teachers, TopK),
+    "curvature": (
+        curvature.eigenvalues,
+        curvature.noise_scale,
+        curvature.scale_rate,
+        curvature.saddle,
+        curvature.perturb,
+        curvature.escape,
+    ),
+    "players": (Player,),
+}
+_ROOMS = {
+    "norm": ("freeze", "unfreeze", "compare"),
+    "init": ("check",),
+    "groups": ("freeze",),
+    "curvature": ("escape",),
+}
+"""Tools whose names are a strategy's, or say something only behind that of their room."""
+
+TOOLBOX: Mapping[str, tuple[Any, str]] = {
+    f"{room}.{tool.__name__}" if tool.__name__ in _ROOMS.get(room, ()) else tool.__name__: (tool, page)
+    for page, tools in _OF_PAGES.items()
+    for tool in tools
+    for room in [tool.__module__.split(".")[1]]
+}
+"""What works in a loop of one's own, by name: the tool, and the page in docs/ that says when to use it."""
 
 _DURATIONS = f"applied updates, or text: {FORMS}"
 
@@ -38,8 +123,8 @@ def catalogue() -> dict[str, dict[str, str]]:
 
 
 def describe(name: str) -> Description:
-    """The rule, link, schedule, strategy or built-in task of that name; all of them, if it is the name of
-    several. Raises BadInput, naming the nearest.
+    """The rule, link, schedule, strategy, tool or built-in task of that name; all of them, if it is the name
+    of several. Raises BadInput, naming the nearest.
 
     >>> print(describe("sgd").text.splitlines()[2])
         p ← p - lr · g
@@ -80,11 +165,13 @@ def _kinds() -> dict[str, Mapping[str, Any]]:
         "links": links(),
         "schedules": KINDS,
         "strategies": STRATEGIES,
+        "tools": TOOLBOX,
     }
 
 
 def _prose(item: Any) -> str:
     """The docstring without its doctest."""
+    item = item[0] if isinstance(item, tuple) else item
     return (inspect.getdoc(item.body if isinstance(item, Rule) else item) or "").split(">>>")[0].strip()
 
 
@@ -184,6 +271,36 @@ def _strategy(kind: type[Strategy]) -> Description:
     return Description(data, f"[{name}]\n\n{_prose(kind)}\n\n{columns(rows)}\n{lasting}{own}")
 
 
+def _tool(entry: tuple[Any, str]) -> Description:
+    tool, page = entry
+    name = next(name for name, one in TOOLBOX.items() if one is entry)
+    room = ".".join(tool.__module__.split(".")[:2])
+    takes = ", ".join(map(_argument, inspect.signature(tool).parameters.values()))
+    data = {
+        "name": name,
+        "kind": "tool",
+        "doc": _prose(tool),
+        "call": f"{tool.__name__}({takes})",
+        "import": f"from {room} import {tool.__name__}",
+        "page": f"docs/{page}.md",
+    }
+    text = f"""{data["call"]}
+
+{_prose(tool)}
+
+    {data["import"]}
+
+When to use it, and when not: {data["page"]}
+"""
+    return Description(data, text)
+
+
+def _argument(item: inspect.Parameter) -> str:
+    if item.default is not item.empty:
+        return f"{item.name}={getattr(item.default, '__name__', repr(item.default))}"
+    return f"**{item.name}" if item.kind is item.VAR_KEYWORD else item.name
+
+
 def _task(made: Callable[..., Task]) -> Description:
     name = next(name for name, one in tasks().items() if one is made)
     found = task(name)
@@ -217,4 +334,5 @@ _PAGES: dict[str, Callable[[Any], Description]] = {
     "links": _rule,
     "schedules": _schedule,
     "strategies": _strategy,
+    "tools": _tool,
 }
