@@ -174,9 +174,8 @@ class _Starting(Live):
         best = min if self.mode == "min" else max
         before = [found for _, found in self.begun if found is not None]
         if not before or best(value, *before) != best(before):
-            held = (
-                self.training.model.state_dict()
-            )  # those that were judged, averaged ones where a rule has them
+            # The weights that were judged, a rule's averaged ones if it has any: they are in place here.
+            held = self.training.model.state_dict()
             self.kept = {name: weight.detach().clone() for name, weight in held.items()}
         mine = self.begun[-1][1]
         self.begun[-1][1] = value if mine is None else best(value, mine)
