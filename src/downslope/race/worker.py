@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from traceback import format_exc, print_exc
 from typing import Any
 
-from downslope.errors import BadInput, UserCodeError
+from downslope.errors import BadInput, UserCodeError, redact
 
 _PR_SET_PDEATHSIG = 1
 
@@ -85,14 +85,16 @@ def attend(channel: Channel) -> None:
 
 
 def _blame(error: BaseException) -> dict[str, str]:
+    """Why it failed; the standings quote the reason, so that no secret may stand in it."""
     from downslope.tasks import frames
 
     if isinstance(error, UserCodeError):
-        return {"reason": str(error), "trace": frames(error)}
+        return {"reason": redact(str(error)), "trace": frames(error)}
     if isinstance(error, BadInput):
-        return {"reason": str(error), "trace": ""}
+        return {"reason": redact(str(error)), "trace": ""}
     said = str(error).strip().split("\n")[0]
-    return {"reason": f"{type(error).__name__}{': ' if said else ''}{said}", "trace": format_exc()}
+    reason = redact(f"{type(error).__name__}{': ' if said else ''}{said}")
+    return {"reason": reason, "trace": format_exc()}
 
 
 def main() -> None:

@@ -74,24 +74,33 @@ def frames(error: BaseException) -> str:
     return "".join(report.format())
 
 
-def load(address: str, seed: int = 0) -> Task:
+def load(address: str, seed: int = 0, sha256: str = "") -> Task:
     """The task that `path/to/file.py:function` returns; the function gets `seed` if it has such a parameter.
 
     The file's folder joins `sys.path` and the module is registered under the file's own name, so that spawned
     workers find its classes. Raises BadInput for a wrong address or a result that is no Task, UserCodeError
-    for what the code raises.
+    for what the code raises. Of a file whose SHA-256 is not `sha256`, if that is given, nothing is run.
     """
+    made, entry = made_by(address, seed, sha256)
+    file, function = entry.own or ("", "")
+    if not isinstance(made, Task):
+        raise BadInput(
+            f"{Path(file).name}:{function} must return a downslope.Task, got {type(made).__name__}."
+        )
+    return replace(made, name=made.name or function, entry=entry)
+
+
+def made_by(address: str, seed: int = 0, sha256: str = "") -> tuple[object, Entry]:
+    """What `path/to/file.py:function` returns, whatever that is, and the entry of it; see `load`."""
     own = Entry(address).own
     if own is None:
         raise BadInput(f"A task of your own is written path/to/file.py:function, got {address!r}.")
-    module, path, sha256 = _module(own[0])
+    module, path, sha256 = _module(own[0], sha256)
     function = _function(module, own[1], path)
     with guest(f"The task function {own[1]!r} of {path.name}"):
         seeded = "seed" in inspect.signature(function).parameters
         made = function(seed=seed) if seeded else function()
-    if not isinstance(made, Task):
-        raise BadInput(f"{path.name}:{own[1]} must return a downslope.Task, got {type(made).__name__}.")
-    return replace(made, name=made.name or own[1], entry=Entry(f"{path}:{own[1]}", seed, sha256))
+    return made, Entry(f"{path}:{own[1]}", seed, sha256)
 
 
 class _Bytes(SourceFileLoader):
@@ -104,13 +113,15 @@ class _Bytes(SourceFileLoader):
         return code
 
 
-def _module(file: str) -> tuple[ModuleType, Path, str]:
+def _module(file: str, expected: str) -> tuple[ModuleType, Path, str]:
     path = Path(file).expanduser().resolve()
     try:
         source = path.read_bytes()
     except OSError as error:
         raise BadInput(f"The task file {file} cannot be read: {error.strerror}.") from None
     name, sha256 = path.stem, hashlib.sha256(source).hexdigest()
+    if expected not in ("", sha256):
+        raise BadInput(f"The task file {file} has changed since this run began; resume it with the old file.")
     if not name.isidentifier():
         raise BadInput(
             f"A task file must be named like a Python module, letters, digits and _, got {path.name!r}."
