@@ -29,10 +29,11 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 class Setting:
     """What a strategy may know of the training it is part of.
 
-    `rates`: what durations need, in updates (see `ds.Recipe.rates`). `batches(n)`: the first n of
-    the training's batches. `better`: whether of two metrics the higher is better. `teacher(folder)`: the
-    trained model of a finished run. Where live parts are told of anything: `strategies`, all of the recipe's;
-    `parts(batch)`: a batch as they change and cut it, in pieces with their shares.
+    `rates`: what durations need, in updates (see `ds.Recipe.rates`). `batches(n)`: the first n of the
+    training's batches; `samples()`: all samples once, in batches. `better`: whether of two metrics the higher
+    is better. `teacher(folder)`: the trained model of a finished run. Where live parts are told of anything:
+    `strategies`, all of the recipe's; `parts(batch)`: a batch as they change and cut it, in pieces with their
+    shares.
     """
 
     model: nn.Module
@@ -43,6 +44,7 @@ class Setting:
     seed: int
     loss: Loss
     teacher: Callable[[str], nn.Module]
+    samples: Callable[[], Iterable[Batch]] = tuple
     optimizer: Optimizer | None = None
     strategies: Mapping[str, Strategy] = field(default_factory=dict)
     parts: Callable[[Batch], Iterable[tuple[Batch, float]]] = lambda batch: [(batch, 1.0)]

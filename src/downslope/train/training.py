@@ -142,6 +142,7 @@ class Training:
             model=self.model,
             rates=self.recipe.rates(self.steps_per_epoch, self.steps),
             batches=self._first_batches,
+            samples=self._all_samples,
             classes=classes(self.task.train),
             better=self.task.higher_is_better,
             seed=self.seed,
@@ -421,6 +422,12 @@ class Training:
         first, items = order(self.samples, self.seed, 0), self.recipe.batch_size
         for place in range(min(count, self.steps_per_epoch)):
             yield self._taken(first[place * items : (place + 1) * items])
+
+    def _all_samples(self) -> Iterator[Batch]:
+        """Every sample once, in the order of the data, in batches, the last of which may be shorter."""
+        items = self.recipe.batch_size
+        for start in range(0, self.samples, items):
+            yield self._taken(torch.arange(start, min(start + items, self.samples)))
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
