@@ -19,6 +19,7 @@ import typer
 from downslope.description import catalogue, columns, describe, indented
 from downslope.errors import BadInput, DownslopeError, UserCodeError, nearest
 from downslope.logger import log as send
+from downslope.parallel import PATIENCE, leave, place, supervise, verdict
 from downslope.race import Standings
 from downslope.race import race as run_race
 from downslope.recipe import Recipe
@@ -48,11 +49,24 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.
 Seed = Annotated[
     int, typer.Option(help="Of the split of the data, the initial weights and the order of samples.")
 ]
+Nproc = Annotated[
+    int | None, typer.Option(help="Processes on this machine that share every batch. Default: this one.")
+]
+Shard = Annotated[
+    bool,
+    typer.Option("--shard", help="Weights lie in parts on the processes (FSDP2), not whole on each (DDP)."),
+]
+Patience = Annotated[
+    float, typer.Option(help="Seconds without progress after which processes are started anew.")
+]
 
 
 def main() -> NoReturn:
     """Runs the command that `sys.argv` names, and exits with its code."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if place().world > 1:
+        leave(code)
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
@@ -62,8 +76,7 @@ def run(arguments: list[str]) -> int:
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except UserCodeError as error:
-        typer.echo(frames(error), err=True, nl=False)
-        return _failed(str(error), error.exit_code)
+        return _failed(str(error), error.exit_code, frames(error))
     except DownslopeError as error:
         return _failed(str(error), error.exit_code)
     except typer.TyperException as error:
@@ -139,17 +152,25 @@ def train(
         Path | None, typer.Option(help="Folder of the run. Default: runs/TASK-RECIPE-SEED.")
     ] = None,
     seed: Seed = 0,
+    nproc: Nproc = None,
+    shard: Shard = False,
+    patience: Patience = PATIENCE,
     as_json: Json = False,
-) -> None:
+) -> int:
     """Train a task by one recipe."""
     given = Recipe.load(recipe) if recipe else None
     with _aside():
         found = task(name, seed)
         chosen = given or found.recipe
         folder = out or Path("runs", f"{found.name}-{chosen.hash[:8]}-{seed}")
-        with _stoppable(f"downslope resume {shlex.quote(str(folder))}"):
-            done = run_training(found, chosen, out=folder, seed=seed)
-    _trained(done, as_json)
+        if nproc is None:
+            with _stoppable(_again(folder, shard)):
+                done = run_training(found, chosen, out=folder, seed=seed, shard=shard, patience=patience)
+    if nproc is None:
+        return _trained(done, as_json)
+    arguments = ["train", name, "--seed", str(seed), "--out", str(folder)]
+    arguments += ["--recipe", str(recipe)] if recipe else []
+    return _supervised(nproc, arguments, folder, shard, patience, as_json)
 
 
 @app.command()
@@ -158,12 +179,18 @@ def resume(
     allow_code_change: Annotated[
         bool, typer.Option("--allow-code-change", help="Go on though the task's file is another.")
     ] = False,
+    nproc: Nproc = None,
+    shard: Shard = False,
+    patience: Patience = PATIENCE,
     as_json: Json = False,
-) -> None:
+) -> int:
     """Go on with a run that was stopped; it ends as if it had never been."""
-    with _aside(), _stoppable(f"downslope resume {shlex.quote(str(folder))}"):
-        done = go_on(folder, allow_code_change=allow_code_change)
-    _trained(done, as_json)
+    if nproc is not None:
+        arguments = ["resume", str(folder), *["--allow-code-change"] * allow_code_change]
+        return _supervised(nproc, arguments, folder, shard, patience, as_json)
+    with _aside(), _stoppable(_again(folder, shard)):
+        done = go_on(folder, allow_code_change=allow_code_change, shard=shard, patience=patience)
+    return _trained(done, as_json)
 
 
 @app.command()
@@ -209,8 +236,11 @@ def list_(
     _answer(as_json, chosen, lambda: "\n\n".join(f"{kind}\n{columns(rows)}" for kind, rows in chosen.items()))
 
 
-def _failed(message: str, code: int) -> int:
-    typer.echo(f"downslope: {' '.join(message.split())}", err=True)
+def _failed(message: str, code: int, before: str = "") -> int:
+    said = f"{before}downslope: {' '.join(message.split())}"
+    if place().world > 1:
+        return verdict(said, code)
+    typer.echo(said, err=True)
     return code
 
 
@@ -270,5 +300,31 @@ In a training loop of your own:
 The page with the curves: {page}"""
 
 
-def _trained(done: Run, as_json: bool) -> None:
-    _answer(as_json, done.data(), lambda: str(done))
+def _trained(done: Run, as_json: bool) -> int:
+    if place().rank == 0:
+        _answer(as_json, done.data(), lambda: str(done))
+    return 0
+
+
+def _again(folder: Path, shard: bool) -> str:
+    """The command that goes on with a run, on as many processes as now."""
+    world = place().world
+    return (
+        f"downslope resume {shlex.quote(str(folder))}{f' --nproc {world}' * (world > 1)}{' --shard' * shard}"
+    )
+
+
+def _supervised(
+    nproc: int, arguments: list[str], folder: Path, shard: bool, patience: float, as_json: bool
+) -> int:
+    """The same command on several processes of this machine, which are started anew where one is lost."""
+    if place().world > 1:
+        raise BadInput("--nproc starts processes, and torchrun has done so already: leave it out.")
+    arguments += [*["--shard"] * shard, "--patience", str(patience), *["--json"] * as_json]
+    return supervise(
+        arguments,
+        nproc,
+        progress=lambda: sorted(path.stat().st_mtime for path in folder.glob("ranks/*.stacks")),
+        say=lambda text: typer.echo(text, err=True),
+        patience=patience,
+    )

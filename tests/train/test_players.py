@@ -108,7 +108,7 @@ def test_a_move_leaves_the_others_weights_and_gradients_alone() -> None:
     batch = tuple(column[:16] for column in state.task.train)  # type: ignore[union-attr]
     weights = {name: value.clone() for name, value in state.model.critic.state_dict().items()}
     critic.optimizer.zero_grad()
-    maker.move(state.model, [(batch, 1.0)])
+    maker.move([(batch, 1.0)])
     assert all(p.grad is None for p in state.model.critic.parameters())
     assert all(torch.equal(value, weights[name]) for name, value in state.model.critic.state_dict().items())
     assert all(p.requires_grad for p in state.model.parameters())

@@ -1,19 +1,19 @@
 """Several processes that train one model: starting and joining them, wrapping the model, agreeing."""
 
 from downslope.parallel.child import die_with_parent
-from downslope.parallel.group import VERDICT, joined, leave, place
+from downslope.parallel.group import joined, leave, place, verdict
 from downslope.parallel.launch import supervise
 from downslope.parallel.objective import Objective, sharded
 from downslope.parallel.ranks import ALONE, Lost, Ranks, lost
-from downslope.parallel.watchdog import Watchdog
+from downslope.parallel.watchdog import PATIENCE, alive, watched
 
 __all__ = [
     "ALONE",
-    "VERDICT",
+    "PATIENCE",
     "Lost",
     "Objective",
     "Ranks",
-    "Watchdog",
+    "alive",
     "die_with_parent",
     "joined",
     "leave",
@@ -21,4 +21,6 @@ __all__ = [
     "place",
     "sharded",
     "supervise",
+    "verdict",
+    "watched",
 ]

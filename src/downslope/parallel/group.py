@@ -71,7 +71,7 @@ def joined(shard: bool = False, patience: float = PATIENCE) -> Iterator[Ranks]:
     if mine:
         _join(here, patience)
     try:
-        yield _ranks(shard)
+        yield _ranks(shard, patience)
         if mine:
             with lost():
                 dist.barrier()
@@ -81,18 +81,24 @@ def joined(shard: bool = False, patience: float = PATIENCE) -> Iterator[Ranks]:
                 dist.destroy_process_group()
 
 
-def leave(code: int, said: str = "") -> NoReturn:
-    """End this rank at once with an exit code, everything it said flushed; `said` is the reason, if it is a
-    verdict. torch's agent is told, so that it is said once for all ranks.
+def verdict(said: str, code: int) -> int:
+    """Say why this rank ends, and give its exit code: one that a new start would not change is above VERDICT.
 
-    gloo's threads can abort an ordinary exit, after all is done.
+    Under `supervise` torch's agent is told, so that what all ranks say is said once.
     """
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if said and report and PARENT in os.environ:
+    if report and PARENT in os.environ:
         about = {"message": said, "extraInfo": {"timestamp": str(int(time.time()))}}
         Path(report).write_text(json.dumps({"message": about}))
-    elif said:
-        sys.stderr.write(f"{said}\n")
+    else:
+        sys.stderr.write(f"rank {place().rank}: {said}\n")
+    return code + VERDICT if code in (1, 2) else code
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once with an exit code, everything it said flushed: gloo's threads can abort an
+    ordinary exit, after all is done.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -118,7 +124,7 @@ def _join(here: Place, patience: float) -> None:
         )
 
 
-def _ranks(shard: bool) -> Ranks:
+def _ranks(shard: bool, patience: float) -> Ranks:
     rank, world = dist.get_rank(), dist.get_world_size()
     with lost():
         speaks = "gloo" in str(dist.get_backend_config())
@@ -127,4 +133,4 @@ def _ranks(shard: bool) -> Ranks:
         if shard and world > 1:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             mesh = init_device_mesh(device, (world,))
-    return Ranks(rank, world, shard and world > 1, control, mesh)
+    return Ranks(rank, world, shard and world > 1, patience, control, mesh)

@@ -133,6 +133,7 @@ def _served(arguments: Sequence[str], nproc: int) -> int:
     os.environ[PARENT] = str(os.getpid())
     # One store for all attempts keeps addresses of ranks that are gone (torch 2.13, gloo).
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns of what Objective asks for on purpose
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     options = ["--nnodes=1", f"--nproc-per-node={nproc}", "--rdzv-backend=c10d", "--local-addr=127.0.0.1"]
     options += ["--rdzv-endpoint=127.0.0.1:0", f"--rdzv-id={os.getpid()}", "--max-restarts=0", "--no-python"]

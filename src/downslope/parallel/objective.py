@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -76,9 +77,11 @@ class Objective(nn.Module):
         if trained != self._trained:
             # It looks for parameters without a gradient every time, which also lets it keep the buckets that
             # it begins with: others add up in another order, and a resumed training would differ in bits.
-            made = any(trained) and DistributedDataParallel(
-                self, find_unused_parameters=True, broadcast_buffers=False, init_sync=False
-            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers gets a new name in torch 2.13
+                made = any(trained) and DistributedDataParallel(
+                    self, find_unused_parameters=True, broadcast_buffers=False, init_sync=False
+                )
             self._wrapped, self._trained = (made,) if made else (), trained
         return self._wrapped[0] if self._wrapped else None
 

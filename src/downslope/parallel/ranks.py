@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from downslope.errors import BadInput, DownslopeError
+from downslope.parallel.watchdog import PATIENCE
 
 T = TypeVar("T")
 
@@ -32,8 +33,9 @@ class Ranks:
     """This process among the `world` that train together; a single one talks to nobody.
 
     `shard`: the weights and what the optimizer keeps of them lie in parts on all ranks (FSDP2), else each has
-    all of them (DDP). `control` is a process group for numbers on the CPU, `mesh` the ranks as FSDP2 takes
-    them. All methods but `part` must be called by all ranks, in the same order; they raise Lost.
+    all of them (DDP). `patience`: seconds in which the others must answer. `control` is a process group for
+    numbers on the CPU, `mesh` the ranks as FSDP2 takes them. All methods but `part` must be called by all
+    ranks, in the same order; they raise Lost.
 
     >>> ALONE.leads, ALONE.part(5), ALONE.most(3, 0)
     (True, slice(0, 5, None), (3, 0))
@@ -42,6 +44,7 @@ class Ranks:
     rank: int = 0
     world: int = 1
     shard: bool = False
+    patience: float = PATIENCE
     control: Any = field(default=None, repr=False, compare=False)
     mesh: Any = field(default=None, repr=False, compare=False)
 
