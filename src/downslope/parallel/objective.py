@@ -78,7 +78,7 @@ class Objective(nn.Module):
             # It looks for parameters without a gradient every time, which also lets it keep the buckets that
             # it begins with: others add up in another order, and a resumed training would differ in bits.
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers gets a new name in torch 2.13
+                warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames broadcast_buffers
                 made = any(trained) and DistributedDataParallel(
                     self, find_unused_parameters=True, broadcast_buffers=False, init_sync=False
                 )

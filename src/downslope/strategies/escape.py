@@ -65,6 +65,10 @@ class escape(Strategy):
         """Its test is of whole batches and whole weights."""
         return "each rank would test whole batches by itself"
 
+    def alone(self, shard: bool) -> str:
+        """It takes products with whole weights; whole on every rank, each finds the same."""
+        return "it looks at and moves whole weights" if shard else ""
+
     def refuse(self, others: Mapping[str, Strategy]) -> None:
         """The rule that is switched to is not there yet when the training begins."""
         if "switch" in others:

@@ -88,6 +88,10 @@ class restart(Strategy):
         """First weights are drawn, and the best kept, whole and in one process."""
         return "each rank would draw weights by itself"
 
+    def alone(self, shard: bool) -> str:
+        """It draws and keeps whole weights; whole on every rank, each draws the same."""
+        return "it draws and keeps whole weights" if shard else ""
+
     def refuse(self, others: Mapping[str, Strategy]) -> None:
         """What looks at a training as one path from first weights to last."""
         reasons = _BESIDE | (_TRAINED if self.by == "fresh" else {})
