@@ -438,16 +438,10 @@ def fill(out: Path, finished: Path, size: int) -> None:
 
 
 def test_a_full_disk_is_said_and_costs_nothing_that_was_saved(tmp_path: Path, finished: Path) -> None:
-    whole = sum(path.stat().st_size for path in finished.rglob("*") if path.is_file()) * 5 // 2
+    # Five checkpoints are written, of which two are left; there is room for less than that.
+    whole = sum(path.stat().st_size for path in (finished / "ckpt").rglob("*") if path.is_file()) * 5 // 2
     for number, size in enumerate([0, 10, 700, 2500, 4000, *range(10_000, whole, whole // 6)]):
         fill(tmp_path / f"run-{number}", finished, size)
-
-
-@pytest.mark.faults
-def test_a_full_disk_at_a_hundred_sizes(tmp_path: Path, finished: Path) -> None:
-    whole = sum(path.stat().st_size for path in finished.rglob("*") if path.is_file()) * 5 // 2
-    for size in range(0, whole, whole // 100):
-        fill(tmp_path / f"run-{size}", finished, size)
 
 
 # --- signals, with real processes ---------------------------------------------------------------------
