@@ -110,7 +110,7 @@ class micro(Strategy):
 
     Each piece counts by its share of the items, the last, shorter one too, and clip, decay and step come once
     a batch: but for BatchNorm, which sees pieces, and random numbers, nothing changes except memory. Not for:
-    losses that compare items of a batch with each other.
+    losses that compare items of a batch with each other; means over tokens some of which do not count.
     """
 
     items: int
