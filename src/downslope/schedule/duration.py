@@ -78,8 +78,9 @@ def in_steps(
     }
     rate = rates[unit]
     if rate is None or rate < 1:
+        recipes = "; a recipe does not know it, so say samples there" if unit == "token" else ""
         raise BadInput(
-            f"{name} is {value!r}: to turn it into steps, {_RATE[unit]} must be given, got {rate}."
+            f"{name} is {value!r}: to turn it into steps, {_RATE[unit]} must be given, got {rate}{recipes}."
         )
     share = Fraction(number)
     return int(share / rate if unit in ("sample", "token") else share * rate / (100 if unit == "%" else 1))
