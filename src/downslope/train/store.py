@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -113,7 +114,12 @@ class Store:
 
     def _acknowledge(self, name: str, step: int, after: int, sha: str) -> None:
         """Only what is acknowledged and verified may take the place of an older one."""
-        self.journal.append("checkpoint", step=step, name=name, sha=sha, after=after)
+        try:
+            self.journal.append("checkpoint", step=step, name=name, sha=sha, after=after)
+        except BadInput:  # nobody vouches for it: the disk is full, or another process goes on with the run
+            with suppress(BadInput):
+                checkpoint.remove(self.folder / name)
+            raise
         kept = sorted(path for path in self.folder.iterdir() if _CHECKPOINT.fullmatch(path.name))
         for path in kept[: -self.keep]:
             checkpoint.remove(path)
