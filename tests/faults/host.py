@@ -61,9 +61,10 @@ def broken_promises(out: Path) -> list[str]:
     told, events = [], read(out / "journal.jsonl")
     for place, event in enumerate(events):
         if event["kind"] == "resume":
-            acknowledged = [e["seq"] for e in history(events[:place]) if e["kind"] in ("start", "checkpoint")]
-            if event["after"] != acknowledged[-1]:
-                told.append(f"event {event['seq']} goes on after {event['after']}, not {acknowledged[-1]}")
+            counting = [e for e in history(events[:place]) if e["kind"] in ("start", "checkpoint")]
+            newest = counting[-1].get("after", counting[-1]["seq"])
+            if event["after"] != newest:
+                told.append(f"event {event['seq']} goes on after {event['after']}, not {newest}")
             told += event["damaged"]
     return told
 
