@@ -1,7 +1,7 @@
 # make race    find the best recipe for a digit recogniser (makes .venv first)
 # make test    formatter check, linter, types, doctests, tests
 # make slow    the tests that take minutes
-# make faults  kill -9 and damaged files at full count
+# make faults  the fault matrix at its figures (docs/reliability.md); ROWS=f07 for one row
 # make deep    500 random chains on every executor, and every rule in every dtype
 # make clean   remove .venv and caches (not runs/)
 
@@ -9,6 +9,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TASK ?= digits-cnn
 TESTS ?= not slow and not faults and not deep
+ROWS ?=
 
 .PHONY: race test check slow faults deep clean
 
@@ -27,7 +28,7 @@ slow: .venv/has-dev
 	$(BIN)/pytest -m 'slow and not faults and not deep'
 
 faults: .venv/has-dev
-	$(BIN)/pytest -m faults --timeout 0 --hypothesis-profile searching
+	$(BIN)/pytest -m faults -k '$(ROWS)' --timeout 0 --hypothesis-profile searching
 
 deep: .venv/has-dev
 	$(BIN)/pytest -m deep --timeout 0 --hypothesis-profile searching
