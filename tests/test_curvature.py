@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -360,6 +360,50 @@ def test_the_linear_rule_overshoots_as_the_stated_range_says() -> None:
     assert cv.scale_rate(small, batch=0.64, to=6.4, critical=noise).lr / best(6.4) == pytest.approx(
         1.09, abs=0.01
     )
+
+
+def adam_on_noise(
+    rate: float, betas: Sequence[float], spread: float, steps: int, *, flat: bool = False
+) -> tuple[float, float]:
+    """Mean and deviation of weights that begin at 1, by Adam as its paper prints it: on w²/2, or, if `flat`,
+    on a slope of 1; the gradient has noise of this deviation.
+    """
+    rng = np.random.default_rng(0)
+    w, m, v = np.ones(10_000), np.zeros(10_000), np.zeros(10_000)
+    for t in range(1, steps + 1):
+        g = (1.0 if flat else w) + spread * rng.standard_normal(w.size)
+        m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g * g
+        w = w - rate * m / (1 - betas[0] ** t) / np.sqrt(v / (1 - betas[1] ** t))
+    return float(w.mean()), float(w.std())
+
+
+@pytest.mark.parametrize("times", [4, 16])
+def test_the_square_root_rule_keeps_adams_mean_and_spread_far_below_the_critical_batch(times: int) -> None:
+    """Over as many items, to the accuracy of the sample (0.007 of the mean); linear scaling, and betas left
+    as they are, do not.
+    """
+    betas, noise, steps = (0.99, 0.9995), 900.0, 1600
+    mean, spread = adam_on_noise(0.03, betas, noise**0.5, steps)
+    found = cv.scale_rate(0.03, batch=1, to=times, like="adam", betas=betas, critical=noise)
+    assert found.holds
+    larger = (noise / times) ** 0.5
+    scaled = adam_on_noise(found.lr, found.betas, larger, steps // times)
+    assert scaled[0] == pytest.approx(mean, abs=0.02)
+    assert scaled[1] == pytest.approx(spread, rel=0.03)
+    assert adam_on_noise(0.03 * times, found.betas, larger, steps // times)[1] > 1.3 * spread
+    assert adam_on_noise(found.lr, betas, larger, steps // times)[0] < mean - 0.06
+
+
+@pytest.mark.parametrize(("share", "slower"), [(0.1, 1.1**0.5), (1.0, 2**0.5)])
+def test_the_square_root_rule_falls_short_as_the_stated_range_says(share: float, slower: float) -> None:
+    """Adam divides by the root of noise and gradient together, and goes √(1 + batch/critical) less far."""
+    noise, first = 64.0, 0.64
+    ways = []
+    for batch in (first, share * noise):
+        found = cv.scale_rate(1e-3, batch=first, to=batch, like="adam", betas=(0.9999, 0.99995))
+        steps = round(8000 * first / batch)
+        ways.append(1 - adam_on_noise(found.lr, found.betas, (noise / batch) ** 0.5, steps, flat=True)[0])
+    assert ways[0] / ways[1] == pytest.approx(slower / 1.01**0.5, rel=0.01)
 
 
 # Saddles
