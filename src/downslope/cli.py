@@ -63,10 +63,13 @@ Patience = Annotated[
 
 def main() -> NoReturn:
     """Runs the command that `sys.argv` names, and exits with its code."""
-    code = run(sys.argv[1:])
-    if place().world > 1:
-        leave(code)
-    sys.exit(code)
+    if _world() == 1:
+        sys.exit(run(sys.argv[1:]))
+    try:
+        code = run(sys.argv[1:])
+    except SystemExit as error:  # a signal was granted
+        code = error.code if isinstance(error.code, int) else 1
+    leave(code)
 
 
 def run(arguments: list[str]) -> int:
@@ -238,7 +241,7 @@ def list_(
 
 def _failed(message: str, code: int, before: str = "") -> int:
     said = f"{before}downslope: {' '.join(message.split())}"
-    if place().world > 1:
+    if _world() > 1:
         return verdict(said, code)
     typer.echo(said, err=True)
     return code
@@ -277,7 +280,8 @@ def _stoppable(again: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo(f"\nStopped. To go on: {again}", err=True)
+        if place().rank == 0:
+            typer.echo(f"\nStopped. To go on: {again}", err=True)
         raise typer.Exit(130) from None
 
 
@@ -298,6 +302,14 @@ In a training loop of your own:
     optimizer = recipe.build(model, steps_per_epoch={epoch})  # batches of {standings.winner.batch_size}
 
 The page with the curves: {page}"""
+
+
+def _world() -> int:
+    """How many processes train together; 1 where the environment says nothing that makes sense."""
+    try:
+        return place().world
+    except BadInput:
+        return 1
 
 
 def _trained(done: Run, as_json: bool) -> int:

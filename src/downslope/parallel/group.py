@@ -21,9 +21,9 @@ from downslope.parallel.child import PARENT, die_with_parent
 from downslope.parallel.ranks import ALONE, Ranks, lost
 from downslope.parallel.watchdog import PATIENCE
 
-VERDICT = 64
-"""Added to the exit code of a rank that ended as every new start of it would: the input or the user's code is
-wrong. Any other code means that starting again may help.
+VERDICTS = {1: 65, 2: 66}
+"""The exit code of a rank that ended as every new start of it would, by what it means: the user's code or the
+input is wrong. Any other code, such as the 1 of a crash, means that starting again may help.
 """
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -82,7 +82,7 @@ def joined(shard: bool = False, patience: float = PATIENCE) -> Iterator[Ranks]:
 
 
 def verdict(said: str, code: int) -> int:
-    """Say why this rank ends, and give its exit code: one that a new start would not change is above VERDICT.
+    """Say why this rank ends, and give its exit code: one of VERDICTS where a new start would change nothing.
 
     Under `supervise` torch's agent is told, so that what all ranks say is said once.
     """
@@ -92,7 +92,7 @@ def verdict(said: str, code: int) -> int:
         Path(report).write_text(json.dumps({"message": about}))
     else:
         sys.stderr.write(f"rank {place().rank}: {said}\n")
-    return code + VERDICT if code in (1, 2) else code
+    return VERDICTS.get(code, code)
 
 
 def leave(code: int) -> NoReturn:

@@ -18,7 +18,7 @@ from typing import Any
 from downslope.errors import BadInput
 from downslope.parallel import child
 from downslope.parallel.child import PARENT, die_with_parent
-from downslope.parallel.group import VERDICT
+from downslope.parallel.group import VERDICTS
 from downslope.parallel.ranks import Lost
 
 RESTARTS = 3
@@ -144,8 +144,10 @@ def _served(arguments: Sequence[str], nproc: int) -> int:
     except SignalException as error:
         return 128 + int(error.sigval)
     except ChildFailedError as error:
+        meaning = {code: plain for plain, code in VERDICTS.items()}
         ends = [error.failures[rank] for rank in sorted(error.failures)]
-        for said in dict.fromkeys(end.message for end in ends if end.exitcode > VERDICT):
+        ends = [end for end in ends if end.exitcode in meaning]
+        for said in dict.fromkeys(end.message for end in ends):
             sys.stderr.write(f"{said}\n")
-        return min((end.exitcode - VERDICT for end in ends if end.exitcode > VERDICT), default=Lost.exit_code)
+        return max((meaning[end.exitcode] for end in ends), default=Lost.exit_code)
     return 0
