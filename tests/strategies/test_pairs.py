@@ -1,16 +1,20 @@
-"""Every two strategies in one training: refused with the reason, or the same bits after a stop half-way."""
+"""Every two strategies in one training: refused with the reason, or the same bits after a stop half-way; and
+each in pieces of a batch: where the whole batch ends.
+"""
 
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 
 import pytest
+import torch
 from strategies import problem
 from strategies.rows import ROWS
 
 import downslope as ds
+from downslope import strategies as st
 from downslope.errors import BadInput
-from downslope.strategies import Strategy
+from downslope.strategies import STRATEGIES, Strategy
 from downslope.train import Training
 
 Make = Callable[[Path], Strategy]
@@ -60,3 +64,42 @@ def test_two_of_them_go_on_to_the_bit_or_are_refused_with_the_reason(
     assert resumed.evaluate() == straight.evaluate()
     assert resumed.finish() == straight.finish()
     assert resumed.fields() == straight.fields()
+
+
+EVEN = {
+    "rates": st.rates(of={"low.*": 0.5}),
+    "freeze": st.freeze(until={"low.*": 5}),
+    "start": st.start(method="orthogonal", lsuv=True),
+    "mix": st.mix(mixup=1.0),
+    "smoothing": st.smoothing(),
+    "growth": st.growth(times=2),
+    "switch": st.switch(at=6, to=ds.momentum(lr=0.1), guard=4),
+    "average": st.average(decay=0.8),
+    "escape": st.escape(every=4, gradient=9.0, curvature=1e-6),
+    "restart": st.restart(at=6),
+    "stop": st.stop(patience=1, min_delta=9.0),
+}
+UNEVEN = {"normalisation", "dropout", "depth"}
+"""What sees pieces one by one, or draws for each. The teacher's pieces are those of test_teacher.py."""
+
+
+def ended(*strategies: Strategy) -> tuple[int, torch.Tensor]:
+    """Updates and weights of a training in float64."""
+    state = Training(problem.plain(), problem.recipe(*strategies, steps=18, observe=3), seed=1)
+    state.advance()
+    state.finish()
+    return state.step, torch.cat([p.detach().flatten() for p in state.model.parameters()])
+
+
+def test_every_strategy_is_tried_in_pieces() -> None:
+    assert EVEN.keys() | UNEVEN | {"micro", "teacher"} == STRATEGIES.keys()
+
+
+@pytest.mark.parametrize("name", EVEN)
+def test_in_pieces_it_ends_where_the_whole_batch_does(name: str) -> None:
+    """16 items in sevens leave a piece of 2. Without the strategy the weights are others."""
+    steps, whole = ended(EVEN[name])
+    in_pieces, pieces = ended(EVEN[name], st.micro(items=7))
+    assert steps == in_pieces
+    torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-12)
+    assert float((ended()[1] - whole).abs().max()) > 1e-3

@@ -1,10 +1,10 @@
 """Faults that keep coming back in schedules, accumulation and averages, each a test that says what must hold.
 
 Those that tests of a room hold by themselves: 17 ratios of groups (test_groups.py), 21 steps that were
-skipped (test_optimizer.py), 23 no drift over a million steps (schedule/test_laws.py), 38 and 40 micro-batches
-(strategies/), 43 to 46 averages and BatchNorm (test_average.py, test_norm.py, test_curvature.py), 63
-smoothing where all is ignored (test_augment.py), 64 teachers (distill/). 42, a step inside a backward pass:
-test_optimizer.py.
+skipped (test_optimizer.py), 22 and 41 pieces on several ranks (parallel/test_shared.py), 23 no drift over a
+million steps (schedule/test_laws.py), 38 and 40 micro-batches (strategies/), 42 a step inside a backward pass
+(test_optimizer.py), 43 to 46 averages and BatchNorm (test_average.py, test_norm.py, test_curvature.py), 63
+smoothing where all is ignored (test_augment.py), 64 teachers (distill/).
 """
 
 from dataclasses import replace
