@@ -62,10 +62,6 @@ class escape(Strategy):
                     raise BadInput(f"{name} must be above 0, got {given:g}.")
 
     def alone(self, shard: bool) -> str:
-        """Its test is of whole batches and whole weights."""
-        return "each rank would test whole batches by itself"
-
-    def alone(self, shard: bool) -> str:
         """It takes products with whole weights; whole on every rank, each finds the same."""
         return "it looks at and moves whole weights" if shard else ""
 

@@ -85,10 +85,6 @@ class restart(Strategy):
         self._waiting("min")
 
     def alone(self, shard: bool) -> str:
-        """First weights are drawn, and the best kept, whole and in one process."""
-        return "each rank would draw weights by itself"
-
-    def alone(self, shard: bool) -> str:
         """It draws and keeps whole weights; whole on every rank, each draws the same."""
         return "it draws and keeps whole weights" if shard else ""
 
