@@ -85,7 +85,7 @@ def full_disks(count: int, seed: int, folder: Path) -> Found:
     return {"done": count, "wrong": wrong}
 
 
-@row("F7", 100)
+@row("F7", 100, slow=True)
 def test_f07_a_disk_fills_up_and_is_enlarged(figure: Figure, tmp_path: Path) -> None:
     (tmp_path / "probe").mkdir()
     try:
@@ -141,7 +141,7 @@ def full_at_bytes(count: int, seed: int, folder: Path) -> Found:
     return {"done": count, "wrong": wrong}
 
 
-@row("F7", 100)
+@row("F7", 100, slow=True)
 def test_f07_the_disk_is_full_after_any_byte(figure: Figure, tmp_path: Path) -> None:
     hosted(full_at_bytes, figure, tmp_path)
 

@@ -197,7 +197,7 @@ def fall_backs(count: int, seed: int, folder: Path) -> Found:
     return {"done": count, "wrong": wrong}
 
 
-@row("F4", 200)
+@row("F4", 200, slow=True)
 def test_f04_f05_the_checkpoint_before_a_damaged_one_is_used(figure: Figure, tmp_path: Path) -> None:
     hosted(fall_backs, figure, tmp_path)
 
@@ -278,6 +278,6 @@ def cuts(count: int, seed: int, folder: Path) -> Found:
     return {"done": count, "wrong": wrong}
 
 
-@row("F6", 50, every_day=True)
+@row("F6", 50, every_day=True, slow=True)
 def test_f06_a_run_whose_journal_was_cut_ends_the_same(figure: Figure, tmp_path: Path) -> None:
     hosted(cuts, figure, tmp_path)

@@ -220,7 +220,7 @@ def at_once(count: int, seed: int, folder: Path) -> Found:
     return {"done": count, "refused": refused, "slowest": slowest, "wrong": wrong}
 
 
-@row("F9", 100)
+@row("F9", 100, slow=True)
 def test_f09_two_start_at_once(figure: Figure, tmp_path: Path) -> None:
     found = hosted(at_once, figure, tmp_path)
     assert found["refused"] >= figure.cases // 2
@@ -263,7 +263,7 @@ def heirs(count: int, seed: int, folder: Path) -> Found:
     return {"done": count, "slowest": slowest, "wrong": wrong}
 
 
-@row("F9", 50)
+@row("F9", 50, slow=True)
 def test_f09_the_owner_is_killed_and_another_takes_over(figure: Figure, tmp_path: Path) -> None:
     assert hosted(heirs, figure, tmp_path)["slowest"] <= 1
 
@@ -315,6 +315,6 @@ def stopped_and_continued(count: int, seed: int, folder: Path) -> Found:
     return {"done": count, "wrong": wrong}
 
 
-@row("F9", 10)
+@row("F9", 10, slow=True)
 def test_f09_the_owner_is_stopped_and_continued(figure: Figure, tmp_path: Path) -> None:
     hosted(stopped_and_continued, figure, tmp_path)
