@@ -328,6 +328,28 @@ def test_train_answers_machines_with_one_document_whatever_the_user_prints(tmp_p
     assert "made by the user" in done.stderr
 
 
+@pytest.mark.parametrize(("steps", "reached"), [(1000, True), (3, False)])
+def test_train_says_whether_the_target_is_reached(
+    steps: int, reached: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(task("diabetes-lasso").recipe.with_(steps=steps).text())
+    command = ["train", "diabetes-lasso", "--recipe", str(recipe), "--out", str(tmp_path / "run")]
+    assert run(command) == 0
+    assert f"; target 1e-06 {'reached' if reached else 'missed'}\n" in capfd.readouterr().out
+    assert run([*command, "--json"]) == 0
+    answer = json.loads(capfd.readouterr().out)
+    assert (answer["target"], answer["reached"]) == (1e-6, reached)
+
+
+def test_train_of_a_task_without_a_target_says_nothing_of_one(tmp_path: Path) -> None:
+    write(tmp_path)
+    done = downslope("train", "cli_task.py:quick", cwd=tmp_path)
+    assert "target" not in done.stdout
+    again = json.loads(downslope("train", "cli_task.py:quick", "--json", cwd=tmp_path).stdout)
+    assert (again["target"], again["reached"]) == (None, None)
+
+
 def test_report_of_a_run_prints_where_the_page_lies(tmp_path: Path) -> None:
     write(tmp_path)
     assert downslope("train", "cli_task.py:quick", "--out", "mine", cwd=tmp_path).returncode == 0

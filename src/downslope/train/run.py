@@ -45,7 +45,11 @@ _OURS = {
 
 @dataclass(frozen=True)
 class Run:
-    """A finished training: its trained `model`, the loss and metric on the validation and the test part."""
+    """A finished training: its trained `model`, the loss and metric on the validation and the test part.
+
+    `target` is the task's, and `reached` whether the metric on the validation part is at least as good; None
+    where there is none.
+    """
 
     folder: Path
     task: str
@@ -55,6 +59,16 @@ class Run:
     valid: Evaluation
     test: Evaluation | None
     model: nn.Module = field(repr=False, compare=False)
+    target: float | None = None
+    higher_is_better: bool = False
+
+    @property
+    def reached(self) -> bool | None:
+        """Whether the validation part has the target's metric or a better one."""
+        if self.target is None:
+            return None
+        metric = self.valid.metric
+        return metric >= self.target if self.higher_is_better else metric <= self.target
 
     @property
     def events(self) -> list[Event]:
@@ -74,6 +88,8 @@ class Run:
             "seed": self.seed,
             "steps": self.steps,
             "metric": self.metric,
+            "target": self.target,
+            "reached": self.reached,
             "valid": _finite(self.valid),
             "test": self.test and _finite(self.test),
         }
@@ -81,7 +97,12 @@ class Run:
     def __str__(self) -> str:
         parts = [("validation", self.valid), ("test", self.test)]
         seen = ", ".join(f"{part} {self.metric} {e.metric:.4g} (loss {e.loss:.4g})" for part, e in parts if e)
-        return f"{self.task}, {self.steps} steps: {seen}\n{self.folder}"
+        aim = (
+            ""
+            if self.target is None
+            else f"; target {self.target:g} {'reached' if self.reached else 'missed'}"
+        )
+        return f"{self.task}, {self.steps} steps: {seen}{aim}\n{self.folder}"
 
 
 def train(
@@ -271,7 +292,18 @@ def _run(path: Path, plan: Plan, task: Task, state: Training, ended: Event) -> R
     assert valid is not None
     if not state.finished:
         state.finish()
-    return Run(path, plan.task, plan.seed, ended["step"], task.metric_name, valid, test, state.model)
+    return Run(
+        path,
+        plan.task,
+        plan.seed,
+        ended["step"],
+        task.metric_name,
+        valid,
+        test,
+        state.model,
+        task.target,
+        task.higher_is_better,
+    )
 
 
 def _foreign(path: Path) -> list[str]:
