@@ -93,3 +93,48 @@ def test_a_fresh_process_that_fails_is_reported(tmp_path: Path) -> None:
         patch.setenv("SHY", str(os.getpid()))
         with pytest.raises(DownslopeError, match="the fresh process could not go on: .*not in this process"):
             ds.verify_resume(f"{file}:task", steps=2)
+
+
+def loop(function: str, steps: int = 16) -> ds.Proof:
+    return ds.verify_resume(f"{Path(__file__).with_name('loops.py')}:{function}", steps=steps)
+
+
+@pytest.mark.parametrize("function", ["plain", "ours", "Framework"])
+def test_a_loop_of_ones_own_is_proven(function: str) -> None:
+    assert loop(function)
+
+
+@pytest.mark.parametrize(
+    ("function", "hint"),
+    [
+        (
+            "shuffled",
+            "from 'samples', a _SingleProcessDataLoaderIter, which knows no place",
+        ),
+        ("forgotten_counter", "variable 'count' of the step function was 8 when saved and is 0 when loaded"),
+        ("forgotten_global", "global 'counted' of loops.py was 8 when saved and is 0 when loaded"),
+        ("forgotten_scheduler", "a counter, a cache or an iterator that is not in the state"),
+        ("own_generator", "variable 'rng' of the step function was a generator at"),
+        ("unseeded", "Two processes that go on from the same checkpoint differ too"),
+    ],
+)
+def test_the_fault_of_a_loop_is_named_with_its_usual_cause(function: str, hint: str) -> None:
+    found = loop(function)
+    assert not found
+    assert found.first == "the loss of update 8"
+    assert hint in str(found)
+    assert repr(found) == str(found)
+
+
+def test_what_is_no_loop_is_refused() -> None:
+    with pytest.raises(BadInput, match=r"loops\.py:nothing must return a Task, a pair .* got int"):
+        loop("nothing")
+    with pytest.raises(BadInput, match="nproc is for tasks"):
+        ds.verify_resume(f"{Path(__file__).with_name('loops.py')}:ours", nproc=2)
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_ranks_are_proven(shard: bool) -> None:
+    found = ds.verify_resume("cancer-logistic", steps=6, nproc=2, shard=shard)
+    assert found, str(found)
+    assert "on 2 ranks" in str(found)

@@ -4,7 +4,7 @@ from downslope.tasks.catalogue import reopen, task, tasks
 from downslope.tasks.data import Batch, Data, size, take
 from downslope.tasks.definition import Player, Task, accuracy, cross_entropy, squared_error
 from downslope.tasks.entry import Entry
-from downslope.tasks.guest import frames, guest, load
+from downslope.tasks.guest import frames, guest, load, made_by
 
 __all__ = [
     "Batch",
@@ -17,6 +17,7 @@ __all__ = [
     "frames",
     "guest",
     "load",
+    "made_by",
     "reopen",
     "size",
     "squared_error",

@@ -1,17 +1,21 @@
 """Training: a Training owns everything that resumes; a run is a folder that survives kill -9 at any time."""
 
+from downslope.train.batches import Batches
 from downslope.train.checkpoint import Damaged
 from downslope.train.history import history, losses
 from downslope.train.order import order, steps_per_epoch
 from downslope.train.player import Diverged, Move, Side
 from downslope.train.proof import Proof, verify_resume
 from downslope.train.run import Run, resume, train
+from downslope.train.sampler import Sampler
+from downslope.train.seeded import Seeded
 from downslope.train.state import Resumed, Snapshot, TrainState
 from downslope.train.store import Checkpoints
 from downslope.train.training import Attempt, Evaluation, Training
 
 __all__ = [
     "Attempt",
+    "Batches",
     "Checkpoints",
     "Damaged",
     "Diverged",
@@ -20,6 +24,8 @@ __all__ = [
     "Proof",
     "Resumed",
     "Run",
+    "Sampler",
+    "Seeded",
     "Side",
     "Snapshot",
     "TrainState",

@@ -27,7 +27,7 @@ def history(events: Iterable[Event]) -> list[Event]:
 
 
 def stands_at(event: Event) -> int:
-    """The "seq" of the last event that what this one tells of has behind it: its own, but for a checkpoint."""
+    """The "seq" of the last event behind what this one tells of: its own, but for a checkpoint."""
     found: int = event["after"] if event["kind"] == "checkpoint" and "after" in event else event["seq"]
     return found
 

@@ -1,36 +1,27 @@
 """The proof of resume: straight on against stopped, saved, and gone on with in a fresh process, bit for bit.
 
 What a training depends on must be in its checkpoint. The proof finds what is not, and looks for the culprit
-among the places where state likes to hide: plain attributes of modules and data, globals of the task's file.
+among the places where state likes to hide.
 """
 
-import inspect
 import json
 import os
-import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-
 from downslope.errors import BadInput, DownslopeError
+from downslope.parallel import Ranks, joined, leave
 from downslope.recipe import Recipe
-from downslope.tasks import Entry, Task, reopen
+from downslope.tasks import Entry, Task, made_by, reopen
 from downslope.tasks import task as find
 from downslope.train.checkpoint import dump
-from downslope.train.fingerprint import digest, fingerprint
-from downslope.train.plan import about_data
-from downslope.train.training import Attempt, Training
-
-_MODULE = frozenset(vars(nn.Module()))
-_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+from downslope.train.subject import Subject, subject_of
+from downslope.train.surroundings import kept
 
 
 @dataclass(frozen=True)
@@ -45,87 +36,158 @@ class Proof:
     half: int
     differences: tuple[str, ...] = ()
     hint: str = ""
+    nproc: int = 1
 
     @property
     def first(self) -> str | None:
         """The first thing that differs; None if nothing does."""
         return self.differences[0] if self.differences else None
 
+    def data(self) -> dict[str, Any]:
+        """As plain data."""
+        about = {"exact": bool(self), "steps": self.steps, "half": self.half, "nproc": self.nproc}
+        return {**about, "differences": list(self.differences), "hint": self.hint}
+
     def __bool__(self) -> bool:
         return not self.differences
 
     def __str__(self) -> str:
-        course = f"{self.steps} steps straight, and {self.half} saved, loaded by a fresh process and gone on"
+        ranks = f" on {self.nproc} ranks" if self.nproc > 1 else ""
+        fresh = "a fresh process" if self.nproc == 1 else "fresh processes"
+        course = f"{self.steps} steps straight{ranks}, and {self.half} saved, loaded by {fresh} and gone on"
         if self:
             return f"Resuming is exact: {course}, are equal bit for bit."
         more = f" (and {len(self.differences) - 1} more)" if len(self.differences) > 1 else ""
         return f"Resuming is not exact: {course}, first differ in {self.first}{more}. {self.hint}"
 
+    __repr__ = __str__  # what pytest shows of `assert verify_resume(...)`
+
 
 def verify_resume(
-    task: Task | str, recipe: Recipe | None = None, steps: int = 20, seed: int = 0, timeout: float = 600
+    target: Task | str,
+    recipe: Recipe | None = None,
+    steps: int = 20,
+    seed: int = 0,
+    timeout: float = 600,
+    *,
+    nproc: int = 1,
+    shard: bool = False,
 ) -> Proof:
     """Train `steps` straight, and again with a save, a fresh process and a load half way; compare every bit.
 
-    The task must have an address, a built-in name or path/to/file.py:function, by which a fresh process finds
-    it. `timeout`: seconds for that process. Raises BadInput without an address, DownslopeError if it fails.
+    `target`: a task, or path/to/file.py:function of a loop of your own: the function returns a TrainState and
+    a function that makes one update, or an object with advance(steps), save(folder), load(folder), fields().
+    With `nproc`, that many ranks train a task together (`shard`: FSDP2). `timeout`: seconds for a process.
+    Raises BadInput for what a fresh process cannot find, DownslopeError if one fails.
+
+    In a test: `assert downslope.verify_resume("train.py:make_run")`.
     """
-    task = find(task) if isinstance(task, str) else task
-    if task.entry is None:
-        raise BadInput(
-            "a fresh process must find the task: give a built-in name or path/to/file.py:function, not a "
-            "Task made in this program."
-        )
     if type(steps) is not int or steps < 2:
         raise BadInput(f"steps must be a whole number from 2, got {steps!r}.")
-    state, half = Training(task, recipe, seed), steps // 2
-    hidden = dict(_hidden(state))
-    state.advance(half)
+    made, entry = _made(target)
+    if nproc != 1 and not isinstance(made, Task):
+        raise BadInput("the ranks of a loop of your own are its own matter: nproc is for tasks.")
+    half = steps // 2
+    about = {
+        "entry": entry.data(),
+        "recipe": recipe.text() if recipe is not None else None,
+        "seed": seed,
+        "loaded": half,
+        "steps": steps - half,
+        "shard": shard,
+    }
     with tempfile.TemporaryDirectory() as place:
-        sha = state.save(Path(place, "half"))
-        request = {"entry": task.entry.data(), "folder": str(Path(place, "half")), "sha": sha, "until": steps}
-        straight = _course(state, steps)
-        resumed = _fresh(Path(place), request, timeout)
-    moved = _unequal(hidden, straight["hidden"])
-    return Proof(steps, half, *_compare(straight, resumed, moved))
+        folder = str(Path(place, "half"))
+        if nproc == 1:
+            with kept():
+                straight = _straight(subject_of(made, entry, recipe, seed), half, steps - half, folder)
+        else:
+            straight = _fresh(Path(place), {**about, "half": half, "folder": folder}, timeout, nproc)
+        resumed = _fresh(Path(place), {**about, "folder": folder}, timeout, nproc)
+        differences = _differences(straight, resumed)
+        again = _fresh(Path(place), {**about, "folder": folder}, timeout, nproc) if differences else resumed
+    return Proof(steps, half, differences, _hint(differences, straight, resumed, again), nproc)
 
 
 def answer(request: str) -> None:
-    """What the fresh process does: load, go on, and write down beside the request what it saw."""
+    """What a fresh process does, or each of several ranks: train, and write down what it saw."""
     path = Path(request)
     asked = json.loads(path.read_bytes())
-    try:
-        task = reopen(Entry.from_data(asked["entry"]))
-        found = _course(Training.load(asked["folder"], task, sha=asked["sha"]), asked["until"])
-    except DownslopeError as error:
-        found = {"error": str(error)}
-    path.with_name("answer.json").write_bytes(dump(found))
+    with joined(asked["shard"]) as ranks:
+        try:
+            found = _answer(asked, ranks)
+        except DownslopeError as error:
+            found = {"error": str(error)}
+        told = path.with_name("answer.json")
+        if ranks.leads or ("error" in found and not told.exists()):  # the first error is the cause
+            told.write_bytes(dump(found))
+        if ranks.together and "error" in found:
+            leave(0)  # the others must not wait for this one
+    if ranks.together:
+        leave(0)
 
 
-def _course(state: Training, until: int) -> dict[str, Any]:
-    """What can be seen of a training from here to `until`, as texts: at both ends, and each loss between."""
-    losses: dict[str, str] = {}
+def _answer(asked: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
+    entry = Entry.from_data(asked["entry"])
+    made = made_by(entry.address, entry.seed, entry.sha256)[0] if entry.own else None
+    if made is None or isinstance(made, Task):
+        made = reopen(entry)
+    recipe = Recipe.parse(asked["recipe"]) if asked["recipe"] is not None else None
+    subject = subject_of(made, entry, recipe, asked["seed"], ranks)
+    if "half" in asked:
+        return _straight(subject, asked["half"], asked["steps"], asked["folder"])
+    subject.load(asked["folder"], asked["loaded"])
+    return _course(subject, asked["steps"], {})
 
-    def seen(attempt: Attempt) -> None:
-        losses[f"the loss of batch {state.batches - 1} (step {attempt.step})"] = float(attempt.loss).hex()
 
-    data = {f"the {part} data": repr(about) for part, about in about_data(state.task).items()}
-    start = {**data, **state.fields()}
-    hidden = dict(_hidden(state))
-    state.advance(until, seen)
-    return {"start": start, "hidden": hidden, "losses": losses, "end": state.fields()}
+def _made(target: Task | str) -> tuple[object, Entry]:
+    """What the target is, and its address."""
+    if isinstance(target, Task):
+        if target.entry is None:
+            raise BadInput(
+                "a fresh process must find the task: give a built-in name or path/to/file.py:function, not a "
+                "Task made in this program."
+            )
+        return target, target.entry
+    if not Entry(target).own and ".py" not in target:
+        made = find(target)
+        assert made.entry is not None
+        return made, made.entry
+    loop, entry = made_by(target)
+    return (find(target) if isinstance(loop, Task) else loop), entry
 
 
-def _fresh(place: Path, request: Mapping[str, Any], timeout: float) -> dict[str, Any]:
+def _straight(subject: Subject, half: int, rest: int, folder: str) -> dict[str, Any]:
+    """Half way, saved, and on; with what the first half changed outside of the state."""
+    before, losses = dict(subject.hidden()), dict[str, str]()
+    subject.advance(half, losses)
+    subject.save(folder)
+    found = _course(subject, rest, {})
+    moved = [name for name in _unequal(before, found["hidden"]) if name in before]
+    return {**found, "moved": moved, "loaders": list(subject.loaders())}
+
+
+def _course(subject: Subject, steps: int, losses: dict[str, str]) -> dict[str, Any]:
+    """What can be seen of a training in the next steps, as texts: at both ends, and each loss between."""
+    start, hidden = subject.fields(), dict(subject.hidden())
+    subject.advance(steps, losses)
+    return {"start": start, "hidden": hidden, "losses": losses, "end": subject.fields()}
+
+
+def _fresh(place: Path, request: Mapping[str, Any], timeout: float, nproc: int) -> dict[str, Any]:
     (place / "request.json").write_bytes(dump(request))
+    (place / "answer.json").unlink(missing_ok=True)
     source = str(Path(__file__).resolve().parents[2])
     paths = os.environ.get("PYTHONPATH")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([source, paths] if paths else [source])}
-    code = "import sys; from downslope.train.proof import answer; answer(sys.argv[1])"
-    command = [sys.executable, "-P", "-c", code, str(place / "request.json")]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout, env=environment, check=False
+            _command(str(place / "request.json"), nproc),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=environment,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         raise DownslopeError(f"the fresh process was not done within {timeout:g} s.") from None
@@ -137,73 +199,62 @@ def _fresh(place: Path, request: Mapping[str, Any], timeout: float) -> dict[str,
     return found
 
 
-def _compare(
-    straight: Mapping[str, Any], resumed: Mapping[str, Any], moved: list[str]
-) -> tuple[tuple[str, ...], str]:
-    """What differs and what to do; `moved` is what the training changed outside its own state."""
+def _command(request: str, nproc: int) -> Sequence[str]:
+    """A fresh process, or torchrun's with as many ranks on this machine."""
+    python = [sys.executable, "-P"]
+    code = "import sys; from downslope.train.proof import answer; answer(sys.argv[1])"
+    if nproc == 1:
+        return [*python, "-c", code, request]
+    options = ["--nnodes=1", f"--nproc-per-node={nproc}", "--rdzv-backend=c10d", "--local-addr=127.0.0.1"]
+    options += ["--rdzv-endpoint=127.0.0.1:0", "--max-restarts=0", "--no-python"]
+    return [*python, "-m", "torch.distributed.run", *options, *python, "-c", code, request]
+
+
+def _differences(straight: Mapping[str, Any], resumed: Mapping[str, Any]) -> tuple[str, ...]:
     lost = [f"{name} when loaded" for name in _unequal(straight["start"], resumed["start"])]
     later = _unequal(straight["losses"], resumed["losses"])
     later += [f"{name} at the end" for name in _unequal(straight["end"], resumed["end"])]
-    differences = (*lost, *later)
+    return (*lost, *later)
+
+
+def _hint(
+    differences: Sequence[str],
+    straight: Mapping[str, Any],
+    resumed: Mapping[str, Any],
+    again: Mapping[str, Any],
+) -> str:
+    """What is to be done; `again` is a second process that went on from the same checkpoint."""
     if not differences:
-        return (), ""
-    culprits = [name for name in _unequal(straight["hidden"], resumed["hidden"]) if name in moved]
+        return ""
     if differences[0].endswith("data when loaded"):
-        hint = "The task makes other data each time it is called: seed what it draws."
-    elif culprits:
+        return "The task makes other data each time it is called: seed what it draws."
+    unequal = _unequal(straight["hidden"], resumed["hidden"])
+    culprits = [name for name in unequal if name in straight["moved"]]
+    if culprits:
         was, now = (side["hidden"].get(culprits[0], "absent") for side in (straight, resumed))
-        hint = (
+        return (
             f"{culprits[0]} was {was} when saved and is {now} when loaded: no checkpoint holds it. Make it a "
-            "buffer of the model, or draw from the global generators of torch, numpy or random."
+            "buffer of the model, add it to the TrainState, or draw from the global generators of torch, "
+            "numpy or random."
         )
-    else:
-        hint = (
-            "Look for a generator of your own, a counter outside the buffers, the clock, the order of a set, "
-            "or an operation that is not deterministic."
+    if differences[0].endswith(" when loaded"):
+        return "It is saved, but something else stands there after loading."
+    if straight["loaders"]:
+        return (
+            f"The step function takes its samples from {straight['loaders'][0]}, which knows no place: loop "
+            "over Batches(loader) with a Sampler, and add that to the TrainState."
         )
-    return differences, hint
+    if _differences(resumed, again):
+        return (
+            "Two processes that go on from the same checkpoint differ too: look for a generator of your own, "
+            "a shuffle or a worker's augmentation that nobody seeded, the clock, the order of a set, or an "
+            "operation that is not deterministic."
+        )
+    return (
+        "Every process that goes on from the checkpoint does the same, but not what the first one did: look "
+        "for a counter, a cache or an iterator that is not in the state."
+    )
 
 
 def _unequal(mine: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
     return [name for name in dict.fromkeys([*mine, *theirs]) if mine.get(name) != theirs.get(name)]
-
-
-def _hidden(state: Training) -> Iterator[tuple[str, str]]:
-    """(where, value) of what may change while training and is in no checkpoint."""
-    task, model = state.task, state.model
-    for path, module in model.named_modules():
-        own = {name: value for name, value in vars(module).items() if name not in _MODULE}
-        where = f"of {path or 'the model'}, a {type(module).__name__}"
-        yield from ((f"attribute {name!r} {where}", text) for name, text in _texts(own))
-    if not isinstance(task.train, tuple):
-        own = getattr(task.train, "__dict__", {})
-        yield from ((f"attribute {name!r} of the train data", text) for name, text in _texts(own))
-    file = Path(task.entry.own[0]) if task.entry and task.entry.own else None
-    if file and file.stem in sys.modules:
-        own = vars(sys.modules[file.stem])
-        yield from ((f"global {name!r} of {file.name}", text) for name, text in _texts(own))
-    functions: list[Any] = [task.model, task.loss, *(player.loss for player in task.players.values())]
-    for function in functions:
-        if inspect.isfunction(function):
-            own = dict(inspect.getclosurevars(function).nonlocals)
-            yield from ((f"variable {name!r} of the task function", text) for name, text in _texts(own))
-
-
-def _texts(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for name, value in values.items():
-        if isinstance(value, bool | int | float) and not name.startswith("__"):
-            yield name, repr(value)
-        elif isinstance(value, Tensor):
-            yield name, f"a tensor {fingerprint(value)[:8]}"
-        elif isinstance(value, _GENERATORS):
-            yield name, f"a generator at {_place(value)[:8]}"
-
-
-def _place(generator: Any) -> str:
-    """Where a generator stands."""
-    if isinstance(generator, torch.Generator):
-        return fingerprint(generator.get_state())
-    if isinstance(generator, random.Random):
-        return digest(repr(generator.getstate()).encode())
-    state = generator.get_state(legacy=False) if isinstance(generator, np.random.RandomState) else None
-    return digest(repr(state or generator.bit_generator.state).encode())
