@@ -8,6 +8,8 @@ from typing import TypeVar
 import pytest
 
 SEED = 20261124
+PATIENCE = 1200
+"""Seconds for the share of a row, on a busy machine."""
 Item = TypeVar("Item")
 
 
@@ -54,10 +56,11 @@ def row(name: str, full: int | None, *, every_day: bool = False, slow: bool = Fa
     """
     share = 1 if every_day else 10
     part = None if full is None else -(-full // share)
+    marks = [pytest.mark.slow, pytest.mark.timeout(PATIENCE)] if slow else []
     return pytest.mark.parametrize(
         "figure",
         [
-            pytest.param(Figure(name, part, share), id="daily", marks=pytest.mark.slow if slow else ()),
+            pytest.param(Figure(name, part, share), id="daily", marks=marks),
             pytest.param(Figure(name, full), id="full", marks=pytest.mark.faults),
         ],
     )
