@@ -125,7 +125,7 @@ def grown(draw: Random) -> str:
     return "\n".join(lines)
 
 
-@row("F12", 10_000, slow=True)
+@row("F12", 10_000)
 def test_f12_any_text_is_a_recipe_that_reads_back_or_one_line(
     figure: Figure, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
