@@ -154,6 +154,10 @@ def train(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the run. Default: runs/TASK-RECIPE-SEED.")
     ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Items per update, if not the recipe's.")] = None,
+    scale_rate: Annotated[
+        bool, typer.Option("--scale-rate", help="Move the rate with --batch-size, by the rule's kind.")
+    ] = False,
     seed: Seed = 0,
     nproc: Nproc = None,
     shard: Shard = False,
@@ -162,9 +166,13 @@ def train(
 ) -> int:
     """Train a task by one recipe."""
     given = Recipe.load(recipe) if recipe else None
+    if scale_rate and batch_size is None:
+        raise BadInput("--scale-rate moves the rate with the batch: give --batch-size.")
     with _aside():
         found = task(name, seed)
         chosen = given or found.recipe
+        if batch_size is not None:
+            chosen = _with_batch(chosen, batch_size, size(found.train), scale_rate)
         folder = out or Path("runs", f"{found.name}-{chosen.hash[:8]}-{seed}")
         if nproc is None:
             with _stoppable(_again(folder, shard)):
@@ -173,6 +181,8 @@ def train(
         return _trained(done, as_json)
     arguments = ["train", name, "--seed", str(seed), "--out", str(folder)]
     arguments += ["--recipe", str(recipe)] if recipe else []
+    arguments += ["--batch-size", str(batch_size)] if batch_size is not None else []
+    arguments += ["--scale-rate"] * scale_rate
     return _supervised(nproc, arguments, folder, shard, patience, as_json)
 
 
@@ -302,6 +312,16 @@ In a training loop of your own:
     optimizer = recipe.build(model, steps_per_epoch={epoch})  # batches of {standings.winner.batch_size}
 
 The page with the curves: {page}"""
+
+
+def _with_batch(recipe: Recipe, batch_size: int, samples: int, scale_rate: bool) -> Recipe:
+    """The recipe at that batch size; says what changes."""
+    if batch_size > samples:
+        raise BadInput(f"--batch-size is at most the {samples} samples of the train part, got {batch_size}.")
+    made = recipe.with_batch(batch_size) if scale_rate else recipe.with_(batch_size=batch_size)
+    if place().rank == 0:
+        typer.echo(str(recipe.diff(made)), err=True)
+    return made
 
 
 def _world() -> int:

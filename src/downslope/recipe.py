@@ -24,11 +24,11 @@ from downslope.groups import ROLES, groups
 from downslope.optimizer import Optimizer
 from downslope.rules import LINKS, RULES, Chain, Part, Route, Rule, chain
 from downslope.rules.route import REST
-from downslope.rules.rule import check, in_series
+from downslope.rules.rule import check
 from downslope.schedule import Duration, Schedule, duration, in_steps
 from downslope.state import plain_name
 from downslope.strategies import STRATEGIES, Pace, Strategy
-from downslope.strategies.chain import number_of, part_of, tables
+from downslope.strategies.chain import changed, number_of, part_of, rate_factor, tables
 from downslope.toml import Differences, differences, pairs, written
 
 CATALOGUE = {**LINKS, **RULES}
@@ -226,7 +226,36 @@ class Recipe:
         for name in numbers:
             if name not in made.chain.defaults:
                 raise BadInput(_unknown(name, [*own, *made.chain.defaults]))
-        return replace(made, chain=_changed(made.chain, numbers)) if numbers else made
+        return replace(made, chain=changed(made.chain, numbers)) if numbers else made
+
+    def with_batch(self, size: int) -> "Recipe":
+        """The same recipe at another batch size, each rate moved by its rule: times the ratio of the two for
+        sgd and momentum, its square root for those like adam. BadInput for rules of which neither is known.
+
+        Else nothing moves: lengths in steps then see other amounts of data, and adam's decay less of each
+        pass. Both rules hold while noise outweighs the gradient (see `ds.scale_rate`).
+
+        >>> import downslope as ds
+        >>> recipe = ds.Recipe(ds.adamw(lr=1e-3), "20 epochs", batch_size=32)
+        >>> print(recipe.diff(recipe.with_batch(128)))
+        batch_size: 32 → 128
+        adamw.lr: 0.001 → 0.002
+        """
+        made = replace(self, batch_size=size)
+
+        def moved(of: Chain, rate: Any) -> Any:
+            return rate * rate_factor(of, self.batch_size, size)
+
+        chains = {REST: self.chain, **self.route}
+        faster = {role: changed(of, {"lr": moved(of, of.defaults["lr"])}) for role, of in chains.items()}
+        roles = {
+            role: {
+                key: moved(chains.get(role, self.chain), n) if key == "lr" else n for key, n in own.items()
+            }
+            for role, own in self.roles.items()
+        }
+        players = {name: part.with_batch(size) for name, part in self.players.items()}
+        return replace(made, chain=faster.pop(REST), route=faster, roles=roles, players=players)
 
     def run_steps(self, steps_per_epoch: int | None = None) -> int:
         """The length of the training in applied updates. `steps_per_epoch`: batches of an epoch, for a length
@@ -280,7 +309,7 @@ class Recipe:
             if held:
                 listed.append({"params": held, "role": role, **_resolved(numbers, rates)})
         chains = {**self.route, REST: self.chain}
-        resolved = {role: _changed(made, _resolved(made.defaults, rates)) for role, made in chains.items()}
+        resolved = {role: changed(made, _resolved(made.defaults, rates)) for role, made in chains.items()}
         return Optimizer(listed, Route(resolved), guard=self.guard, model=model)
 
     def _multipliers(self, model: nn.Module) -> dict[str, float]:
@@ -496,20 +525,6 @@ def _length(value: object) -> Duration:
             f'steps of a training are a whole number from 1, or such as "20 epochs", got {value!r}.'
         )
     return steps
-
-
-def _changed(made: Chain, numbers: Mapping[str, Any]) -> Chain:
-    """The chain with these numbers, named as in its param groups."""
-    parts = []
-    for part, keys in zip(made.parts, made.keys, strict=True):
-        own = {
-            key: series[0] if (series := in_series(argument)) else argument
-            for argument, (key, _) in keys.items()
-        }
-        own |= {"lr": "lr"} if "lr" in part.given else {}
-        new = {own[key]: value for key, value in numbers.items() if key in own}
-        parts.append(Part(part.rule, MappingProxyType({**part.given, **new})))
-    return chain(*parts)
 
 
 def _resolved(numbers: Mapping[str, Any], rates: Mapping[str, int | None]) -> dict[str, Any]:

@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from downslope.curvature import scale_rate
 from downslope.errors import BadInput, nearest, under
 from downslope.optimizer import Optimizer
 from downslope.rules import LINKS, RULES, Chain, Part, Rule, chain
+from downslope.rules.rule import in_series
 from downslope.schedule import Schedule, constant
 
 SUMS = ("momentum", "nesterov")
@@ -31,6 +33,31 @@ UNCORRECTED = ("lion", "signum")
 
 WHOLE = (("adam", "adamw"),)
 """Rules whose whole state means the same."""
+
+SCALES = {
+    **dict.fromkeys(("sgd", "momentum", "momentum_textbook", "nesterov"), "sgd"),
+    **dict.fromkeys(("adam", "adamw", "nadam", "amsgrad", "adabelief"), "adam"),
+}
+"""Rules of which it was checked how their rate goes with the batch: like which of `scale_rate`. What averages
+squares without a correction, as rmsprop does, begins with larger steps for as many updates, however large.
+"""
+
+
+def rate_factor(made: Chain, batch: int, to: int) -> float:
+    """What a chain's rate is multiplied by at batches of `to` items in place of `batch`.
+
+    >>> from downslope.rules import rules
+    >>> rate_factor(chain(rules()["sgd"]()), 32, 128), rate_factor(chain(rules()["adamw"]()), 32, 128)
+    (4.0, 2.0)
+    """
+    likes = {SCALES.get(part.name) for part in made.parts if part.rule.kind == "rule"}
+    like = likes.pop() if len(likes) == 1 else None
+    if like is None:
+        raise BadInput(
+            f"it is not known how the rate of {made.name} goes with the batch size: only that of "
+            f"{', '.join(SCALES)}."
+        )
+    return scale_rate(1.0, batch=batch, to=to, like=like).lr
 
 
 def parsed(given: Any) -> Chain:
@@ -77,6 +104,20 @@ def staged(made: Chain, at: int, factor: float, rewarm: int, rates: Mapping[str,
         return constant(plan.peak).then(plan, at=at)
 
     return _each(made, later)
+
+
+def changed(made: Chain, numbers: Mapping[str, Any]) -> Chain:
+    """The chain with these numbers, named as in its param groups."""
+    parts = []
+    for part, keys in zip(made.parts, made.keys, strict=True):
+        own = {
+            key: series[0] if (series := in_series(argument)) else argument
+            for argument, (key, _) in keys.items()
+        }
+        own |= {"lr": "lr"} if "lr" in part.given else {}
+        new = {own[key]: value for key, value in numbers.items() if key in own}
+        parts.append(Part(part.rule, MappingProxyType({**part.given, **new})))
+    return chain(*parts)
 
 
 def numbers_of(made: Chain) -> Iterator[Any]:
@@ -173,14 +214,14 @@ def _each(
 ) -> Chain:
     """The chain with every number changed, but for those that are left out."""
 
-    def changed(key: str, value: Any) -> Any:
+    def each(key: str, value: Any) -> Any:
         if isinstance(value, tuple | list):
-            return tuple(changed(key, one) for one in value)
+            return tuple(each(key, one) for one in value)
         return change(key, value if isinstance(value, Schedule) else float(value) + 0.0)  # and not -0.0
 
     parts = []
     for part in made.parts:
-        numbers = {key: changed(key, value) for key, value in part.numbers.items() if keep(part, key)}
+        numbers = {key: each(key, value) for key, value in part.numbers.items() if keep(part, key)}
         parts.append(Part(part.rule, MappingProxyType(numbers)))
     return chain(*parts)
 
