@@ -25,7 +25,7 @@ from downslope.race import race as run_race
 from downslope.recipe import Recipe
 from downslope.report import report as write_report
 from downslope.tasks import Task, frames, size, task
-from downslope.train import Run, steps_per_epoch
+from downslope.train import Run, steps_per_epoch, verify_resume
 from downslope.train import resume as go_on
 from downslope.train import train as run_training
 
@@ -204,6 +204,29 @@ def resume(
     with _aside(), _stoppable(_again(folder, shard)):
         done = go_on(folder, allow_code_change=allow_code_change, shard=shard, patience=patience)
     return _trained(done, as_json)
+
+
+@app.command()
+def verify(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="TASK|LOOP", help="A task, or path/to/file.py:function of a loop of your own."
+        ),
+    ],
+    recipe: Annotated[Path | None, typer.Option(help="A recipe in TOML. Default: the task's own.")] = None,
+    steps: Annotated[int, typer.Option(help="Updates; half of them before the stop.")] = 20,
+    seed: Seed = 0,
+    nproc: Nproc = None,
+    shard: Shard = False,
+    timeout: Annotated[float, typer.Option(help="Seconds that a fresh process may take.")] = 600,
+    as_json: Json = False,
+) -> int:
+    """Prove that a training goes on from a checkpoint bit for bit, or say what is lost. Exit code 1 if so."""
+    asked = Recipe.load(recipe) if recipe is not None else None
+    proof = verify_resume(name, asked, steps, seed, timeout, nproc=nproc or 1, shard=shard)
+    _answer(as_json, proof.data(), lambda: str(proof))
+    return 0 if proof else 1
 
 
 @app.command()

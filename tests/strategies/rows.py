@@ -55,6 +55,10 @@ ROWS: Mapping[str, Sequence[Callable[[Path], Strategy]]] = {
         lambda _: st.micro(items=6),
         lambda _: st.micro(items=1000),
     ],
+    "spikes": [
+        lambda _: st.spikes(deviations=0.4, window=8, calm=3, keep=4, most=50),
+        lambda _: st.spikes(deviations=0.4, window=8, ladder=("skip", "cut")),
+    ],
     "growth": [
         lambda _: st.growth(times=2.5),
         lambda _: st.growth(times=linear(1, "100 %", end=4)),
@@ -81,6 +85,7 @@ ROWS: Mapping[str, Sequence[Callable[[Path], Strategy]]] = {
         lambda runs: st.teacher(
             run=str(runs / "teacher"), method="hints", layers=(("stem", "stem"),), alpha=0.3
         ),
+        lambda runs: st.teacher(run=str(runs / "teacher"), temperature=2, cache=2),
     ],
     "escape": [
         lambda _: st.escape(every=3, batches=2, gradient=1e6, curvature=1e-6, products=9),

@@ -8,6 +8,7 @@ from downslope.strategies.layers import depth, dropout, freeze, normalisation, r
 from downslope.strategies.live import Company, begin
 from downslope.strategies.pace import Pace
 from downslope.strategies.restart import restart
+from downslope.strategies.spikes import spikes
 from downslope.strategies.stop import stop
 from downslope.strategies.strategy import Batch, Live, Loss, Setting, Strategy
 from downslope.strategies.switch import switch
@@ -25,6 +26,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
         mix,
         smoothing,
         micro,
+        spikes,
         growth,
         switch,
         average,
@@ -58,6 +60,7 @@ __all__ = [
     "rates",
     "restart",
     "smoothing",
+    "spikes",
     "start",
     "stop",
     "switch",

@@ -41,6 +41,15 @@ MEANINGS: Mapping[str, Mapping[str, str]] = {
     },
     "smoothing": {"share": "share of the targets that is spread over all classes"},
     "micro": {"items": "items of a piece of the batch; the last may be smaller"},
+    "spikes": {
+        "deviations": "of the last losses, by which one is above their median that is a spike",
+        "window": "updates whose losses are remembered; half of them are seen before any is a spike",
+        "calm": "updates without a spike after which the ladder begins again, and the rate is whole",
+        "ladder": "what is done: skip, cut, back",
+        "cut": "what the rate is multiplied by",
+        "keep": "updates between two states that are kept to go back to",
+        "most": "how often the training may go back before it is given up",
+    },
     "growth": {
         "times": "batches that an update takes, from 1, or a schedule of them, rounded to the nearest"
     },
@@ -67,6 +76,7 @@ MEANINGS: Mapping[str, Mapping[str, str]] = {
         "layers": "pairs of module names, the student's and the teacher's, for methods on features",
         "rate": "learning rate of the regressors between layers of unequal width",
         "batchnorm": "whose statistics the teacher uses: eval (those that run) or train (the batch's)",
+        "cache": "how many classes of its answer to each sample are kept, which then is asked for once",
         "ignore_index": "target of positions that do not count",
     },
     "switch": {

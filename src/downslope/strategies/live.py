@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -58,6 +58,45 @@ class Company:
         """Tell all of an update to come."""
         for live in self.lives.values():
             live.before(step)
+
+    @property
+    def judges(self) -> bool:
+        """Whether any looks at every loss before the update is made."""
+        return any(live.judges for live in self.lives.values())
+
+    def admits(self, loss: float) -> bool:
+        """Whether all let an update of this loss be made."""
+        answers = [live.admits(loss) for live in self.lives.values() if live.judges]
+        return all(answers)
+
+    def after(self, applied: bool, names: Sequence[str]) -> None:
+        """Tell all how an attempt ended."""
+        for live in self.lives.values():
+            live.after(applied, names)
+
+    @property
+    def told(self) -> tuple[Mapping[str, Any], ...]:
+        """What all did in the last attempt."""
+        return tuple(note for live in self.lives.values() for note in live.told)
+
+    @property
+    def keeps(self) -> int:
+        """Updates between two states that are kept to go back to; 0: none."""
+        return max((live.keeps for live in self.lives.values()), default=0)
+
+    @property
+    def returns(self) -> bool:
+        """Whether any wants to go back."""
+        return any(live.returns for live in self.lives.values())
+
+    @property
+    def given_up(self) -> str:
+        """Why the training has diverged, if it has."""
+        return next((why for live in self.lives.values() if (why := live.given_up)), "")
+
+    def moved(self) -> Company:
+        """Those whose state goes back when the training does."""
+        return Company({name: live for name, live in self.lives.items() if not live.keeps})
 
     def applied(self, step: int) -> None:
         """Tell all of an update that was made."""

@@ -8,7 +8,7 @@ in every process that goes on with the training; `prepare` writes first weights,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Self, get_type_hints
@@ -56,6 +56,12 @@ class Live:
     reacts: ClassVar[bool] = False
     """Whether it wants to be told of validations."""
 
+    judges: ClassVar[bool] = False
+    """Whether it looks at every loss before the update is made."""
+
+    told: Sequence[Mapping[str, Any]] = ()
+    """What it did in the last attempt, as plain data for the journal."""
+
     @property
     def stopped(self) -> bool:
         """Whether the training is to end here."""
@@ -75,6 +81,30 @@ class Live:
 
     def before(self, step: int) -> None:
         """Called before update `step`, from 0, is computed."""
+
+    def admits(self, loss: float) -> bool:
+        """Whether an update of this loss is to be made, of one that `judges`."""
+        return True
+
+    def after(self, applied: bool, names: Sequence[str]) -> None:
+        """Called after every attempt at an update: whether it was applied; of which parameters the gradients
+        were not finite.
+        """
+
+    @property
+    def keeps(self) -> int:
+        """Updates between two states that are kept to go back to; 0: none."""
+        return 0
+
+    @property
+    def returns(self) -> bool:
+        """Whether the training is to go back, after the last attempt, to the state that was kept."""
+        return False
+
+    @property
+    def given_up(self) -> str:
+        """Why the training has diverged; empty while it has not."""
+        return ""
 
     def applied(self, step: int) -> None:
         """Called when `step` updates have been applied."""

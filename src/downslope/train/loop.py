@@ -131,10 +131,13 @@ class Loop:
             fields: dict[str, Any] = {"step": attempt.step, "loss": loss}
             if attempt.batches > 1:
                 fields["batches"] = attempt.batches
+            for note in attempt.told:
+                self.journal.append("spike", sync=False, step=attempt.step, **note)
             if attempt.skipped:
+                fields |= {"culprit": attempt.culprit} if attempt.culprit else {}
                 named = list(attempt.skipped[:_NAMES])
                 self.journal.append("skip", sync=False, **fields, names=named, count=len(attempt.skipped))
-            if attempt.applied or not attempt.skipped:
+            if attempt.applied or not (attempt.skipped or attempt.told):
                 players = {"players": moves} if moves else {}
                 self.journal.append("step", sync=False, **fields, lr=attempt.lr, **players, seconds=seconds)
         latest = {name: move["loss"] for moves in told for name, move in moves.items()}

@@ -3,7 +3,7 @@
 The usual task has one player, called "", and its part is the whole model.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
@@ -29,6 +29,10 @@ class Diverged(DownslopeError):  # noqa: N818  the sentence reads "diverged: …
     """The training was given up: update after update, its gradients were not finite."""
 
 
+class _Refused(Exception):  # noqa: N818  no error: the update is not to be made
+    """Leaves an optimizer's step before it has begun."""
+
+
 class Move(NamedTuple):
     """One player's turn: its loss (detached, before the update), its rate (of the first group), the names of
     parameters whose gradients were not finite, and whether the update was applied.
@@ -38,6 +42,11 @@ class Move(NamedTuple):
     lr: float | None
     skipped: tuple[str, ...]
     applied: bool
+
+    @property
+    def astray(self) -> bool:
+        """Whether loss or gradients were not finite."""
+        return bool(self.skipped) or not (self.applied or bool(torch.isfinite(self.loss)))
 
 
 class Side:
@@ -71,12 +80,21 @@ class Side:
             steps_per_epoch=cast("int", Fraction(steps_per_epoch, self.every)),
         )
 
+    @property
+    def part_name(self) -> str:
+        """Its optimizer's name among the parts of the training's state."""
+        return f"optimizer.{self.name}" if self.name else "optimizer"
+
     def due(self, step: int) -> bool:
         """Whether it moves in round `step`, from 0."""
         return (step + 1) % self.every == 0
 
-    def move(self, pieces: Sequence[tuple[Batch, float]]) -> Move:
-        """Take the gradient of its loss over a batch in pieces with their shares, and make its update."""
+    def move(
+        self, pieces: Sequence[tuple[Batch, float]], admits: Callable[[float], bool] | None = None
+    ) -> Move:
+        """Take the gradient of its loss over a batch in pieces with their shares, and make its update, if
+        `admits` lets it.
+        """
         optimizer, objective, before = self.optimizer, self.objective, self.optimizer.steps
         lr = optimizer.param_groups[0].get("lr")
 
@@ -87,14 +105,23 @@ class Side:
                 for place, (piece, share) in enumerate(pieces, 1):
                     with objective.piece(last=place == len(pieces)):
                         losses.append(_backward(objective.of(self.loss, piece), share))
-                return objective.ranks.mean(losses[0] if len(losses) == 1 else torch.stack(losses).sum())
+            total = objective.ranks.mean(losses[0] if len(losses) == 1 else torch.stack(losses).sum())
+            if admits is not None and not asked:
+                asked.append(total)
+                if not admits(float(total)):
+                    raise _Refused
+            return total
 
+        asked: list[Tensor] = []
         with lost(), self._alone():
-            if optimizer.asks_again:
-                loss = optimizer.step(closure)
-            else:
-                loss = closure()
-                optimizer.step()
+            try:
+                if optimizer.asks_again:
+                    loss = optimizer.step(closure)
+                else:
+                    loss = closure()
+                    optimizer.step()
+            except _Refused:
+                return Move(asked[0].detach(), lr, (), False)
         names = optimizer.skipped.names if optimizer.skipped else ()
         self.skips = self.skips + 1 if names else 0
         skipped = tuple(f"{self._before}{name}" for name in names)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,13 @@ from downslope.strategies import Setting, begin
 from downslope.tasks import Batch, Data, Task, guest, size, take
 from downslope.train import checkpoint
 from downslope.train.checkpoint import Folder
+from downslope.train.culprit import began
 from downslope.train.history import history
 from downslope.train.order import order, steps_per_epoch
 from downslope.train.plan import Plan
 from downslope.train.player import Move, Side, sides
 from downslope.train.random import Generators, seed_all
+from downslope.train.rescue import Rescue
 from downslope.train.shared import check_shared, key, shares
 from downslope.train.state import Snapshot, TrainState
 from downslope.train.surroundings import Surroundings, kept
@@ -46,7 +48,8 @@ class Attempt(NamedTuple):
     `step` counts the updates applied before it, `lr` is the rate it used (of the first group), `skipped`
     names the parameters whose gradients were not finite; it is empty for an update that was applied.
     `moves` tells the same of every player that had its turn; `loss` is their sum, `lr` that of the first.
-    `batches`: how many it took.
+    `batches`: how many it took. `told`: what strategies did. `culprit`: what made it not finite, of the first
+    in a row, on a single rank.
     """
 
     step: int
@@ -55,6 +58,8 @@ class Attempt(NamedTuple):
     skipped: tuple[str, ...]
     moves: Mapping[str, Move] = MappingProxyType({})
     batches: int = 1
+    told: tuple[Mapping[str, Any], ...] = ()
+    culprit: str = ""
 
     @property
     def applied(self) -> bool:
@@ -126,9 +131,10 @@ class Training:
                 )
             self._train: Data = task.train
             self._begin(fresh)
-        self.state = TrainState(self.model, strategies=self.company)
-        for side in self.sides:
-            self.state.add(f"optimizer.{side.name}" if side.name else "optimizer", side.optimizer)
+        self.rescue = Rescue(self.model, self.company, self.sides)
+        parts: dict[str, Any] = {side.part_name: side.optimizer for side in self.sides}
+        parts |= {"kept": self.rescue} if self.company.keeps else {}
+        self.state = TrainState(self.model, strategies=self.company, **parts)
 
     def _begin(self, fresh: bool) -> None:
         """Let the strategies shape the model, give it its first weights, and join the training."""
@@ -368,20 +374,36 @@ class Training:
             for piece, share in self._pieces(number)
         ]
         self._draw(1 + self.ranks.rank)
-        moves = {side.name: side.move(pieces) for side in self.sides if side.due(step)}
+        self.rescue.keep(step)
+        admits = self.company.admits if self.company.judges else None
+        moves = {side.name: side.move(pieces, admits) for side in self.sides if side.due(step)}
         self.ranks.follow(self.model.buffers())
         self.batches += count
         self._draw(0)
         first, *others = moves.values()
         loss = sum((move.loss for move in others), start=first.loss)
         skipped = tuple(name for move in moves.values() for name in move.skipped)
-        attempt = Attempt(step, loss, first.lr, skipped, moves, count)
+        applied = any(move.applied for move in moves.values())
+        self.company.after(applied, skipped)
+        attempt = Attempt(step, loss, first.lr, skipped, moves, count, self.company.told)
+        if not applied:
+            attempt = attempt._replace(culprit=self._culprit(moves, pieces))
+            self.step = self.rescue.step(step)
         if attempt.applied:
             self.step += 1
             self.company.applied(self.step)
             if self._observation_due():
                 self._observe()
         return attempt
+
+    def _culprit(self, moves: Mapping[str, Move], pieces: list[tuple[Batch, float]]) -> str:
+        """What made a loss or its gradients not finite, of the first update in a row, on a single rank."""
+        wrong = [side for side in self.sides if side.name in moves and moves[side.name].astray]
+        if self.ranks.together or all(side.skips > 1 for side in wrong):
+            return ""
+        with kept():
+            losses = [self.task.players[side.name].loss for side in wrong]
+            return began(self.model, losses, [piece for piece, _ in pieces])
 
     def _observation_due(self) -> bool:
         """Whether the last update reached a multiple of `observe`, in updates or data, as that is given."""
