@@ -100,6 +100,17 @@ def global_generator(seed: int = 0) -> ds.Task:
     return task(seed, loss=loss, metric=ds.accuracy)
 
 
+def failing(seed: int = 0) -> ds.Task:
+    """The loss raises, for a batch in the middle."""
+    bad = parts(seed)["train"][0][3]
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        1 // int(not (model.training and (batch[0] == bad).all(dim=1).any()))
+        return noisy(model, batch)
+
+    return task(seed, loss=loss, metric=ds.accuracy)
+
+
 class Counting(Rich):
     """Its output depends on how often it was called, which is neither a parameter nor a buffer."""
 

@@ -119,9 +119,9 @@ def _join(here: Place, patience: float) -> None:
         torch.cuda.set_device(here.local)
         backend = "cpu:gloo,cuda:nccl"
     with lost():
-        dist.init_process_group(
-            backend, rank=here.rank, world_size=here.world, timeout=timedelta(seconds=patience)
-        )
+        # Longer than the watchdog of a rank waits: that one writes down where it hangs.
+        limit = timedelta(seconds=1.25 * patience)
+        dist.init_process_group(backend, rank=here.rank, world_size=here.world, timeout=limit)
 
 
 def _ranks(shard: bool, patience: float) -> Ranks:

@@ -30,6 +30,7 @@ GRACE = 30
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _STEP = 0.1  # seconds between two looks at the agent
 _SLACK = 1.5  # a rank's own watchdog comes first: it knows where the rank hangs
+_START = 600.0  # seconds in which ranks, busy with imports and data, need not show anything yet
 
 
 def supervise(
@@ -43,10 +44,10 @@ def supervise(
 ) -> int:
     """Run `downslope` with these arguments as `nproc` ranks on this machine; the exit code.
 
-    A rank that is lost, killed or hangs (`progress()` gives an equal value for 1.5 times `patience` seconds)
-    ends all, and all are started anew, `restarts` times; what ended by a `verdict`, or was told to stop, is
-    not. SIGINT, SIGTERM and SIGHUP go to all ranks, the second SIGINT ends them at once. `say` is told of
-    every new start, and what ranks had to say at their end. BadInput for fewer than one rank.
+    A rank that is lost, killed or hangs (`progress()`, once it moved, is equal for 1.5 times `patience`
+    seconds) ends all, and all are started anew, `restarts` times; what ended by a `verdict`, or was told to
+    stop, is not. SIGINT, SIGTERM and SIGHUP go to all ranks, the second SIGINT ends them at once. `say` is
+    told of every new start. BadInput for fewer than one rank.
     """
     if type(nproc) is not int or nproc < 1:
         raise BadInput(f"a training has a whole number of ranks from 1, got {nproc!r}.")
@@ -56,7 +57,10 @@ def supervise(
             code = agent.wait(progress, patience * _SLACK)
         if agent.asked:
             return 128 + agent.asked[0] if code else 0
-        if code != Lost.exit_code or left == 0:
+        if code != Lost.exit_code:
+            return code
+        if left == 0:
+            say(f"A rank was lost again, after {restarts} new starts: giving up.")
             return code
         left -= 1
         say(f"A rank was lost: starting all {nproc} again ({restarts - left} of {restarts}).")
@@ -93,7 +97,8 @@ class _Agent:
 
     def wait(self, progress: Callable[[], object], patience: float) -> int:
         """Its exit code; where nothing moved for so many seconds, or the grace is over, it is killed."""
-        seen, since = progress(), time.monotonic()
+        first = seen = progress()
+        since = time.monotonic()
         while True:
             ended, status = os.waitpid(self.process, os.WNOHANG)
             if ended:
@@ -103,7 +108,7 @@ class _Agent:
             now = progress()
             if now != seen:
                 seen, since = now, time.monotonic()
-            elif time.monotonic() > since + patience:
+            elif time.monotonic() > since + (patience if now != first else max(patience, _START)):
                 self.kill()
             time.sleep(_STEP)
 
