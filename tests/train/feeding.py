@@ -139,11 +139,19 @@ def at(case: Case, epoch: int) -> list[int]:
     return [int(index) for batch in sampler for index in batch]
 
 
-def kill_a_worker(delay: float) -> None:
-    time.sleep(delay)
+def wait_for(state: Path, delay: float) -> None:
+    """Until a training has begun, and then some."""
+    began = time.monotonic()
+    while not state.exists() and time.monotonic() - began < 20:
+        time.sleep(0.001)
+    time.sleep(delay * 0.2)
+
+
+def kill_a_worker(case: Case, state: Path) -> None:
+    wait_for(state, case.delay)
     workers = multiprocessing.active_children()
     if workers:
-        os.kill(random.Random(delay).choice(workers).pid or 0, signal.SIGKILL)
+        os.kill(workers[case.sample % len(workers)].pid or 0, signal.SIGKILL)
 
 
 def die() -> None:
@@ -151,7 +159,7 @@ def die() -> None:
 
 
 def linger(epoch: int, index: int) -> None:
-    time.sleep(0.002)  # so that there is work to be killed in
+    time.sleep(0.004)  # so that there is work to be killed in
 
 
 def fail() -> None:
@@ -164,22 +172,23 @@ def broken(case: Case, folder: Path) -> list[str]:
     traps = {"worker dies at a sample": die, "sample raises": fail}
     trap = once(case, folder, traps[case.fault]) if case.fault in traps else linger
     if case.fault == "worker killed":
-        threading.Thread(target=kill_a_worker, args=(case.delay * 0.3,), daemon=True).start()
+        threading.Thread(target=kill_a_worker, args=(case, state), daemon=True).start()
     seed_all(case.seed)
-    batches = loader(case, Noisy(case.samples, trap))
-    try:
-        train(batches, state)
-    except BatchLost as error:
+    batches, lost = loader(case, Noisy(case.samples, trap)), False
+    for _ in range(3):
+        try:
+            train(batches, state)
+            break
+        except BatchLost as error:
+            told += wrong_words(case, error, batches) if not lost else [f"told again: {error}"]
+            lost = True
+        except RuntimeError as error:  # torch raises in whatever the process does when a worker dies
+            if "DataLoader worker" not in str(error) or lost:
+                raise
         (folder / "felt").touch()
-        told += wrong_words(case, error, batches)
-    except RuntimeError as error:  # torch raises in whatever the process does when a worker dies
-        (folder / "felt").touch()
-        if "DataLoader worker" not in str(error):
-            raise
-    if not (case.again and state.exists()):
-        batches = loader(case, Noisy(case.samples))
-        seed_all(case.seed)
-    train(batches, state)
+        if not (case.again and state.exists()):
+            batches = loader(case, Noisy(case.samples, trap))
+            seed_all(case.seed)
     return told
 
 
@@ -235,26 +244,31 @@ def forked(case: Case, folder: Path) -> int:
     child = os.fork()
     if child:
         return child
+    os.setpgid(0, 0)
     try:
-        os.setpgid(0, 0)
         inside(case, folder)
     except BaseException:
         (folder / "report.json").write_text(json.dumps([traceback.format_exc()]))
     os._exit(0)
 
 
+def reaped(child: int) -> int:
+    """How a case ended; its workers end with it."""
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
+    return code
+
+
 def judged(case: Case, folder: Path) -> list[str]:
     child = forked(case, folder)
     if case.fault == "process killed":
-        time.sleep(case.delay * 0.4)
+        wait_for(folder / "state.json", case.delay)
         os.kill(child, signal.SIGKILL)
-        if os.waitpid(child, 0)[1] and (folder / "state.json").exists():
+        if reaped(child):
             (folder / "felt").touch()
         child = forked(case, folder)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    with suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)  # workers of a process that was killed
-    if code:
+    if code := reaped(child):
         return ["hung" if code == -signal.SIGALRM else f"ended with {code}"]
     found: list[str] = json.loads((folder / "report.json").read_text())
     return found

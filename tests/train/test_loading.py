@@ -158,6 +158,7 @@ def test_what_is_no_state_is_refused(state: Any) -> None:
         ({"batch_size": True}, "got True"),
         ({"samples": 0}, "number of samples is a whole number of at least 1"),
         ({"seed": -1}, "seed is a whole number from 0 to 4294967295, got -1"),
+        ({"data": [1]}, "data names the data by a text, such as a hash, got list"),
         ({"rank": 1}, "rank and world belong together"),
         ({"rank": 2, "world": 2}, "rank of one of 2 is a whole number from 0 to 1, got 2"),
         ({"rank": 0, "world": 5}, "a batch of 4 cannot be shared by 5 ranks"),

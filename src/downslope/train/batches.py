@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from downslope.errors import BadInput, DownslopeError
@@ -101,10 +102,14 @@ class Batches:
         return batch
 
     def _give_up(self) -> None:
-        self._live = None
+        """Stop the workers at once: for one that died torch would raise again, at any time, in any line."""
+        live, self._live = self._live, None
         self._course.lose()
         if getattr(self.loader, "_iterator", None) is not None:
             self.loader._iterator = None  # persistent workers that died would stay dead
+        if hasattr(live, "_shutdown_workers"):
+            with suppress(RuntimeError):  # so does torch while it waits for the others
+                live._shutdown_workers()
 
     def _told(self, error: Exception) -> DownslopeError:
         epoch, batch, why = self._course.epoch, self._course.position, _reason(error)

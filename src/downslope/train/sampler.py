@@ -77,7 +77,9 @@ class Sampler(torch.utils.data.Sampler[list[int]]):
         self.samples = _whole("the number of samples", samples, 1)
         self.batch_size = _whole("batch_size", batch_size, 1)
         self.seed = _whole("seed", seed, 0, LARGEST_SEED)
-        self.shuffle, self.drop_last, self.data = bool(shuffle), bool(drop_last), str(data)
+        if not isinstance(data, str):
+            raise BadInput(f"data names the data by a text, such as a hash, got {type(data).__name__}.")
+        self.shuffle, self.drop_last, self.data = bool(shuffle), bool(drop_last), data
         self.epoch, self.used = 0, 0
         self.counts = True  # whether iterating moves the place; Batches moves it itself
         if (rank is None) != (world is None):
