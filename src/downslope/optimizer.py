@@ -218,7 +218,6 @@ class Optimizer(torch.optim.Optimizer):
         untraced: Callable[..., Any] = torch.compiler.disable(step)  # type: ignore[no-untyped-call]
         return step
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Apply one update to every parameter that has a gradient, and return what `closure`, if given,
         returned.
@@ -226,6 +225,10 @@ class Optimizer(torch.optim.Optimizer):
         Gradients are only read. A parameter without one keeps its weight and state bit for bit. A chain with
         sam or asam calls the closure twice, a rule that backtracks as often as it must.
         """
+        with torch.no_grad():
+            return self._step(closure)
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         if self._averaging:
             raise BadInput("the evaluation weights are in place; leave averaged() before the next step.")
         for group, following in zip(self.param_groups, self._following, strict=True):
@@ -367,7 +370,7 @@ class Optimizer(torch.optim.Optimizer):
         """Refuse to go on without a parameter that was replaced in the model: the old one then has no
         gradient any more. Looked for only when other parameters lack a gradient than before.
         """
-        idle = None if active is None else (~active).tobytes()
+        idle = None if active is None or self._model is None else (~active).tobytes()
         if self._model is None or (active is not None and active.all()) or idle == self._idle:
             return
         groups = [group for group in self.param_groups if "param_names" in group]

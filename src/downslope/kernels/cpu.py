@@ -121,6 +121,7 @@ class CpuBucket:
         self.sizes = sizes = np.array([weight.numel() for weight in self.weights], dtype=np.int64)
         chunks = -(-sizes // CHUNK)
         self.owner = np.repeat(np.arange(len(sizes)), chunks)
+        self.owners = self.index[self.owner]
         self.begin = (np.arange(len(self.owner)) - np.repeat(np.cumsum(chunks) - chunks, chunks)) * CHUNK
         self.lengths = np.minimum(CHUNK, sizes[self.owner] - self.begin)
         self.whole = np.array_equal(self.owner, np.arange(len(sizes)))  # as where all tensors are small
@@ -210,12 +211,14 @@ class CpuBucket:
         to; scratch is written.
         """
         done = self._run(stage, scalars, noise)
-        return done.partials, self.index[self.owner]
+        return done.partials, self.owners
 
     def apply(self, stage: Stage, scalars: Floats, noise: Table) -> None:
-        """Write the new weights and slots, and say so to autograd."""
-        self._run(stage, scalars, noise)
+        """Write the new weights and slots, and say so to autograd; first, as long as the look at the tensors
+        has left them in the cache.
+        """
         self.addresses.written()
+        self._run(stage, scalars, noise)
 
     def _run(self, stage: Stage, scalars: Floats, noise: Table) -> Pass:
         if id(stage) not in self.passes:

@@ -106,9 +106,8 @@ class DevicePlan(Plan):
         fold(self.order, self.known)
         for stage, columns in zip(self.program.stages, self.columns, strict=True):
             for place, node in enumerate(stage.scalars):
-                if node not in self.late and not (self.filled and node in self.steady):
+                if node not in self.late and node not in self.steady:
                     columns[:, place] = self.known[node]
-        self.filled = {0}
         for row, node in zip(self.rows, self.extra, strict=True):
             row[...] = self.known[node]
         *tables, extra = sent(self.buffer, self.device).tensor_split(self.cuts)

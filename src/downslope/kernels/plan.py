@@ -35,15 +35,17 @@ class Plan:
         self.program, self.places = program, places
         self.members = [every[i] for i in places]
         self.orders = [scalars(stage.scalars) for stage in program.stages]
+        self.moving = self.orders
         self.last = scalars(program.after.values())
         self.columns = [np.zeros((len(places), len(stage.scalars))) for stage in program.stages]
         self.counters = [node for node in program.nodes if node.word_name in ("t", "step", "count", "slot")]
         self.shapes = [tuple(member.shape) for member in self.members]
         self.sized: dict[str, Floats] = {}
-        self.filled: set[int] = set()
         rows = [np.zeros(columns.shape[1]) for columns in self.columns]
         self.alike = [(row, np.broadcast_to(row, (len(places), len(row)))) for row in rows]
         self.numbers: Floats | None = None
+        self.changing: list[list[tuple[int, Node]]] = []
+        self.settled_alike: list[bool] = []
         self.steady: dict[Node, Any] = {}
         self.known: dict[Node, Any] = {}
         self.noise: dict[Node, list[int]] = {}
@@ -51,6 +53,7 @@ class Plan:
         for make, index in _kinds(program, self.members, executor).items():
             self.buckets.append(make[0](program, [self.members[i] for i in index], index))
         self.lenders = [self._lender(bucket) for bucket in self.buckets] if program.lends else []
+        self.sparse = [bucket for bucket in self.buckets if isinstance(bucket, RowsBucket)]
 
     def _lender(self, bucket: Bucket) -> Lender:
         types = {compute_type(member.weight.dtype) for member in bucket.members}
@@ -62,6 +65,8 @@ class Plan:
 
     def gather(self, everyone: bool) -> NDArray[np.bool_] | None:
         """Which of the plan's members have a gradient; None if memory moved."""
+        if len(self.buckets) == 1:  # which holds the members in their order
+            return self.buckets[0].gather(everyone)
         active = np.zeros(len(self.places), dtype=bool)
         for bucket in self.buckets:
             having = bucket.gather(everyone)
@@ -86,14 +91,14 @@ class Plan:
         self.known, self.active = dict(self.steady), active[self.places]
         for node in self.counters:
             if node.word_name == "t":
-                self.known[node] = _shared(t[self.places].astype(np.float64))
+                self.known[node] = _shared(t[self.places]).astype(np.float64)
             elif node.word_name == "step":
                 self.known[node] = np.float64(step)
             elif node.word_name == "count":
                 over = node.payload
-                self.known[node] = counts[over][self.places] if over in counts else self._sizes(over)
+                self.known[node] = _shared(counts[over][self.places]) if over in counts else self._sizes(over)
             elif node.kind is Class.ROW:
-                self.known[node] = vectors[node.payload][self.places]
+                self.known[node] = _shared(vectors[node.payload][self.places])
         for lender in self.lenders:
             lender.begin(self.active)
         for node in self.program.noises:
@@ -110,28 +115,26 @@ class Plan:
         if self.program.lends:
             self._lend(stage)
         else:
-            fold(self.orders[depth], self.known)
+            fold(self.moving[depth], self.known)
         columns = self._columns(depth)
         if stage.last:
             for bucket in self.buckets:
                 bucket.apply(stage, columns, self.noise)
             return None
         parts = [bucket.reduce(stage, columns, self.noise) for bucket in self.buckets]
+        if len(parts) == 1:
+            return parts[0]
         return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
     def _columns(self, depth: int) -> Floats:
         """The scalars of a stage, a row a member; one row, seen as many, where all members have the same."""
-        nodes, table = self.program.stages[depth].scalars, self.columns[depth]
-        values = [self.known[node] for node in nodes]
-        if all(value.size == 1 for value in values):
-            row, seen_as_many = self.alike[depth]
-            row[:] = [value.item() for value in values]
-            return seen_as_many
-        for place, (node, value) in enumerate(zip(nodes, values, strict=True)):
-            if node not in self.steady or depth not in self.filled:
-                table[:, place] = value
-        self.filled.add(depth)
-        return table
+        row, seen_as_many = self.alike[depth]
+        values = [(place, self.known[node]) for place, node in self.changing[depth]]
+        alike = self.settled_alike[depth] and all(value.size == 1 for _, value in values)
+        table = row if alike else self.columns[depth]
+        for place, value in values:
+            table[..., place] = value
+        return seen_as_many if alike else table
 
     def alarm(self) -> bool:
         """Whether the guard found the norm of the gradients not finite, in the pass just made."""
@@ -140,6 +143,8 @@ class Plan:
 
     def finish(self, vectors: Mapping[str, Floats]) -> None:
         """Store what elementwise code does not."""
+        if not self.program.after:
+            return
         if not self.program.lends:
             fold(self.last, self.known)
         for name, node in self.program.after.items():
@@ -152,10 +157,11 @@ class Plan:
 
     def _check_idle(self, numbers: Floats) -> None:
         """Refuse row-sparse gradients where a part that reads all of the weight is not idle."""
-        sparse = [bucket for bucket in self.buckets if isinstance(bucket, RowsBucket)]
-        for place, key in enumerate(self.program.numbers if sparse else ()):
+        for place, key in enumerate(self.program.numbers if self.sparse else ()):
             part = self.program.idle.get(key)
-            found = next((bucket for bucket in sparse if part and numbers[place][bucket.index].any()), None)
+            found = next(
+                (bucket for bucket in self.sparse if part and numbers[place][bucket.index].any()), None
+            )
             if found is not None:
                 name = found.members[0].name
                 raise BadInput(
@@ -165,7 +171,7 @@ class Plan:
 
     def _sizes(self, over: str) -> Floats:
         if over not in self.sized:
-            self.sized[over] = np.array([counted(over, shape) for shape in self.shapes])
+            self.sized[over] = _shared(np.array([counted(over, shape) for shape in self.shapes]))
         return self.sized[over]
 
     def _settle(self, numbers: Floats) -> None:
@@ -178,7 +184,16 @@ class Plan:
             settled = node.operands and all(operand in self.steady for operand in node.operands)
             if settled and node.kind < Class.LENT and node.word_name not in REDUCTIONS:
                 fold([node], self.steady)
-        self.filled = set()
+        self.moving = [[node for node in order if node not in self.steady] for order in self.orders]
+        self.changing, self.settled_alike = [], []
+        for depth, (row, _) in enumerate(self.alike):
+            table, places = self.columns[depth], list(enumerate(self.program.stages[depth].scalars))
+            self.changing.append([(place, node) for place, node in places if node not in self.steady])
+            held = [(place, self.steady[node]) for place, node in places if node in self.steady]
+            self.settled_alike.append(all(value.size == 1 for _, value in held))
+            for place, value in held:
+                table[:, place] = value
+                row[place] = value.flat[0]
 
     def _lend(self, stage: Stage) -> None:
         """Let the library compute what this stage needs, and lay it out."""
@@ -222,10 +237,10 @@ class Plan:
         self.known[node] = numbers
 
 
-def _shared(values: Floats) -> Floats:
+def _shared(values: NDArray[Any]) -> NDArray[Any]:
     """A single entry where every member has the same: what follows from it is then computed once."""
-    bits = values.view(np.int64)
-    return values[:1] if (bits == bits[0]).all() else values
+    bits = values.tobytes()  # -0 is not 0
+    return values[:1] if bits[8:] == bits[:-8] else values
 
 
 def _kinds(

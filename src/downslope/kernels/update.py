@@ -137,16 +137,17 @@ class Update:
                 if node.payload == "tensor":
                     plan.known[node] = _by_owner(node.word_name, column, owners, len(plan.places))
                 else:
-                    entry = (plan, node, column, plan.places[owners])
-                    wide.setdefault(node.meaning, []).append(entry)
+                    wide.setdefault(node.meaning, []).append((plan, node, column, owners))
         for entries in wide.values():
             node = entries[0][1]
             column = np.concatenate([entry[2] for entry in entries])
             if node.payload == "all":
-                whole = np.full(len(self.members), combine(node.word_name, column))
-            else:
-                home = self.groups[np.concatenate([entry[3] for entry in entries])]
-                whole = _by_owner(node.word_name, column, home, int(self.groups.max()) + 1)[self.groups]
+                one = np.full(1, combine(node.word_name, column))
+                for plan, own, _, _ in entries:
+                    plan.known[own] = one
+                continue
+            home = self.groups[np.concatenate([plan.places[owners] for plan, _, _, owners in entries])]
+            whole = _by_owner(node.word_name, column, home, int(self.groups.max()) + 1)[self.groups]
             for plan, own, _, _ in entries:
                 plan.known[own] = whole[plan.places]
 
@@ -180,6 +181,8 @@ class Update:
 
 def _by_owner(name: str, column: Floats, owners: NDArray[np.int64], count: int) -> Floats:
     """Partial results added up by their owner."""
+    if len(owners) == count and np.array_equal(owners, np.arange(count)):
+        return column.copy()
     sums = np.zeros(count)
     order = np.argsort(owners, kind="stable")
     found, first, parts = np.unique(owners[order], return_index=True, return_counts=True)
