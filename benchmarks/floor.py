@@ -67,7 +67,7 @@ def _read(a: Tensor) -> Callable[[], object]:
 
 def _operations(program: Program, count: int, device: str) -> Iterator[Callable[[], object]]:
     for stage in program.stages:
-        loads, stores = set(stage.loads), set(stage.stores)
+        loads, stores = set(stage.arrays), set(stage.stores)
         arrays = _arrays(count, device, len(loads | stores))
         lasting = [next(arrays) for _ in loads & stores]
         read = [next(arrays) for _ in loads - stores]
@@ -78,6 +78,10 @@ def _operations(program: Program, count: int, device: str) -> Iterator[Callable[
             yield _copy(target, read.pop()) if read else _fill(target)
         for source in read:
             yield _read(source)
+    arrays = _arrays(count, device, MOST)
+    read_between, returned = program.lending
+    yield from (_read(next(arrays)) for _ in range(read_between))
+    yield from (_fill(next(arrays)) for _ in range(returned))
 
 
 def stream(shares: Sequence[Share], device: str) -> Callable[[], None]:

@@ -105,6 +105,18 @@ def test_a_rule_moves_no_array_twice_a_pass(name: str) -> None:
     assert name in ARRAYS[program.bytes_moved // 4].split()
 
 
+def test_a_library_costs_what_it_reads_and_returns_and_lines_cost_nothing() -> None:
+    adafactor, agc, muon = (
+        trace(ds.chain(*parts)) for parts in ((ds.adafactor(),), (ds.agc(), ds.sgd()), (ds.muon(),))
+    )
+    # g, p -> squares; squares by row, and by column; g; g, p -> p
+    assert (len(adafactor.stages), adafactor.bytes_moved) == (3, 4 * (3 + 2 + 1 + 3))
+    # g, p -> both again, in batches; each by unit; g, p -> p
+    assert (len(agc.stages), agc.bytes_moved) == (2, 4 * (4 + 2 + 3))
+    # g, m -> the look-ahead; it is read, its orthogonal factor returned; that, g, p, m -> p, m
+    assert (len(muon.stages), muon.bytes_moved) == (2, 4 * (3 + 2 + 6))
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_a_rule_without_an_effective_step_refuses_proximal_links_by_name(name: str) -> None:
     assert name not in WITHOUT_METRIC or RULES[name].metric is None

@@ -181,6 +181,12 @@ class Stage:
         own = {node.payload for node in self.elements if node.word_name == "input"}
         return tuple(sorted({*own, *self.lent.values()}))
 
+    @cached_property
+    def arrays(self) -> tuple[str, ...]:
+        """Those of `loads` that hold a number an element, and not a number a line."""
+        lines = {name for node, name in self.lent.items() if node.shape in LINES}
+        return tuple(name for name in self.loads if name not in lines)
+
 
 @dataclass(frozen=True)
 class Program:
@@ -203,10 +209,19 @@ class Program:
 
     @property
     def bytes_moved(self) -> int:
-        """Bytes that one step must move per element, for four-byte numbers everywhere: what a perfect kernel
-        would need.
+        """Bytes that one step moves per element, for four-byte numbers everywhere: every array that a stage
+        reads or writes, and those of `lending`. What a number a line takes is not counted.
         """
-        return 4 * sum(len(stage.loads) + len(stage.stores) for stage in self.stages)
+        passes = sum(len(stage.arrays) + len(stage.stores) for stage in self.stages)
+        return 4 * (passes + sum(self.lending))
+
+    @cached_property
+    def lending(self) -> tuple[int, int]:
+        """How many arrays a library reads between the stages, each time anew, and how many it returns."""
+        lent = [node for node in self.nodes if node.kind is Class.LENT or _from_lent(node)]
+        read = sum(operand.kind is Class.ELEMENT for node in lent for operand in node.operands)
+        returned = {node for stage in self.stages for node in stage.lent if node.shape not in LINES}
+        return read, len(returned)
 
     @cached_property
     def nodes(self) -> list[Node]:
