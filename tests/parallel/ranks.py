@@ -15,7 +15,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import downslope as ds
 from downslope.parallel import Ranks, joined
 from downslope.train import Training
+from downslope.train.shared import Drifted, check_one_state
 
 SIZES = (2, 3)
 STEPS = 8
@@ -87,6 +88,13 @@ def broken(model: nn.Module, batch: Any) -> Tensor:
     return loss(model, batch) * (torch.nan if model.training and bad else 1.0)
 
 
+def drifting(model: nn.Module, batch: Any) -> Tensor:
+    """A rank writes what the others do not."""
+    with torch.no_grad():
+        model.head.bias += float(os.environ.get("RANK", "0")) * 1e-12  # type: ignore[operator,union-attr]
+    return loss(model, batch)
+
+
 class Drawn(torch.utils.data.Dataset[Any]):
     """Samples one by one."""
 
@@ -133,7 +141,6 @@ class Case:
     task: Callable[[], ds.Task] = task
     shard: bool = True
     near: float | None = 1e-12
-    facts: dict[str, Any] = field(default_factory=dict)
 
 
 S = ds.strategies
@@ -145,13 +152,19 @@ CASES = {
     "few items": Case(lambda: recipe(batch_size=2)),
     "sample by sample": Case(task=lambda: task(train=Drawn())),
     "not finite": Case(task=lambda: task(loss=broken)),
-    "stop": Case(lambda: recipe(strategies={"stop": S.stop(patience=1, min_delta=9.0, restore=False)}, observe=2)),
-    "plateau": Case(lambda: recipe(ds.chain(ds.sgd(lr=ds.plateau(0.1, patience=0, threshold=9.0))), observe=2)),
+    "stop": Case(
+        lambda: recipe(strategies={"stop": S.stop(patience=1, min_delta=9.0, restore=False)}, observe=2)
+    ),
+    "plateau": Case(
+        lambda: recipe(ds.chain(ds.sgd(lr=ds.plateau(0.1, patience=0, threshold=9.0))), observe=2)
+    ),
     "average": Case(lambda: recipe(strategies={"average": S.average(kind="ema", decay=0.9)}), shard=False),
     "mix": Case(lambda: recipe(strategies={"mix": S.mix(mixup=0.4)}), near=None),
     "thaw": Case(lambda: recipe(strategies={"freeze": S.freeze(until={"first.*": 4})}), shard=False),
     "players": Case(
-        task=lambda: task(model=Duel, loss=None, players={"left": ds.Player(gap), "right": ds.Player(gap, 2)}),
+        task=lambda: task(
+            model=Duel, loss=None, players={"left": ds.Player(gap), "right": ds.Player(gap, 2)}
+        ),
         shard=False,
     ),
     "batchnorm": Case(task=lambda: task(model=Normed), near=None),
@@ -163,7 +176,7 @@ REFUSED = {
 
 def labels(size: int) -> list[tuple[str, bool]]:
     """(case, sharded) of what so many ranks try."""
-    return [(name, shard) for name, case in CASES.items() for shard in (False, True) if case.shard or not shard]
+    return [(name, shard) for name, case in CASES.items() for shard in (False, True)[: 1 + case.shard]]
 
 
 def found(name: str, ranks: Ranks | None, folder: Path) -> dict[str, Any]:
@@ -219,6 +232,13 @@ def resized(name: str, ranks: Ranks, folder: Path, source: str) -> dict[str, str
     return {key: text for key, text in again.fields().items() if "generator" not in key}
 
 
+def drifted(ranks: Ranks) -> None:
+    state = Training(task(loss=drifting), recipe(), 3, 1, ranks=ranks)
+    check_one_state(state.model, [state.optimizer], ranks)
+    state.advance(2)
+    check_one_state(state.model, [state.optimizer], ranks)
+
+
 def as_rank(rank: int, size: int, port: int, folder: Path) -> None:
     """One rank, all its trials: first with whole weights, then with sharded ones."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
@@ -230,6 +250,7 @@ def as_rank(rank: int, size: int, port: int, folder: Path) -> None:
             notes[f"{name} {shard}"] = tried(lambda n=name, s=shard: found(n, ranks[s], folder))  # type: ignore[misc]
         for name, make in REFUSED.items():
             notes[name] = tried(lambda m=make: Training(task(), m(), ranks=ranks[True]))  # type: ignore[misc]
+        notes["drifting"] = tried(lambda: drifted(ranks[False]))
         for source in ("adamw-1-False", "adamw-2-True", "adamw-2-False"):
             notes[f"resized {source}"] = tried(
                 lambda at=source: resized("adamw", sharded, folder, at)  # type: ignore[misc]
@@ -240,7 +261,7 @@ def as_rank(rank: int, size: int, port: int, folder: Path) -> None:
 def tried(trial: Callable[[], Any]) -> Any:
     try:
         return trial()
-    except ds.BadInput as error:
+    except (ds.BadInput, Drifted) as error:
         return {"refused": str(error)}
     except Exception:
         return {"error": traceback.format_exc()}

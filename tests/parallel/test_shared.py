@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,7 @@ def notes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, 
     said = (folder / "log").read_text()
     assert done.returncode == 0, said
     ends = json.loads((folder / "ends.json").read_text())
-    assert set(sum(ends.values(), [])) == {0}, said
+    assert ends == {str(size): [0] * size for size in ranks.SIZES}, said
     return {
         size: [json.loads((folder / f"{size}-{rank}.json").read_text()) for rank in range(size)]
         for size in (1, *ranks.SIZES)
@@ -92,6 +91,11 @@ def test_what_cannot_be_shared_is_refused_with_the_reason(notes: Any) -> None:
         assert rank["switch"]["refused"] == (
             "[switch] does not go with 2 ranks and --shard: it measures and keeps whole weights."
         )
+
+
+def test_ranks_that_drift_apart_are_told(notes: Any) -> None:
+    for rank in (*notes[2], *notes[3]):
+        assert "do not hold the same weights any more" in rank["drifting"]["refused"]
 
 
 def test_a_planted_nan_skips_on_all(notes: Any) -> None:

@@ -14,6 +14,7 @@ from downslope.parallel import alive
 from downslope.train.plan import Plan
 from downslope.train.player import Diverged
 from downslope.train.progress import Show
+from downslope.train.shared import check_one_state
 from downslope.train.signals import Signals
 from downslope.train.store import Store
 from downslope.train.training import Attempt, Evaluation, Training
@@ -155,7 +156,9 @@ class Loop:
         return step > self._saved_at and (due or step == self._next(self.plan.save_every, 0))
 
     def _save(self) -> None:
-        self.store.save(self.state)
+        state = self.state
+        check_one_state(state.model, (side.optimizer for side in state.sides), state.ranks)
+        self.store.save(state)
         self._saved_at, self._saved, self._overdue = self.state.step, time.monotonic(), False
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 
-from downslope.errors import BadInput
+import torch
+from torch import Tensor, nn
+
+from downslope.errors import BadInput, DownslopeError
 from downslope.parallel import Ranks
 from downslope.recipe import Recipe
 from downslope.strategies.data import length, sliced
@@ -34,6 +37,35 @@ def shares(pieces: Iterable[tuple[Batch, float]], ranks: Ranks) -> Iterator[tupl
 def key(seed: int, batches: int, stream: int) -> int:
     """A seed below 2^32 for one stream of random numbers of one batch: BLAKE2b of the three."""
     return int.from_bytes(blake2b(f"{seed} {batches} {stream}".encode(), digest_size=4).digest())
+
+
+class Drifted(DownslopeError):  # noqa: N818  the sentence reads "drifted: …"
+    """Ranks do not hold the same weights or state any more, though nothing was lost on the way."""
+
+
+def check_one_state(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], ranks: Ranks) -> None:
+    """Drifted, on every rank, unless each holds the same bits. A sum over them, which is faster than a hash.
+
+    Not for sharded weights, of which no two ranks hold the same.
+    """
+    if not ranks.together or ranks.shard:
+        return
+    held = [*model.state_dict().values()]
+    held += [v for one in optimizers for slots in one.state.values() for v in slots.values()]
+    total = sum(int(_words(tensor).sum()) for tensor in held if isinstance(tensor, Tensor)) % 2**62
+    largest, smallest = ranks.most(total, -total)
+    if largest != -smallest:
+        raise Drifted(
+            "the ranks do not hold the same weights any more: model or loss write them beside the optimizer, "
+            "or go by something that each rank has for itself."
+        )
+
+
+def _words(tensor: Tensor) -> Tensor:
+    """The bits of a tensor as whole numbers."""
+    plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor.detach()
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[plain.element_size()]
+    return plain.reshape(-1).view(words)
 
 
 def check_shared(task: Task, recipe: Recipe, ranks: Ranks) -> None:
