@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
+from itertools import count as counting
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -272,22 +274,35 @@ def contents(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
+def stopping(at: int) -> None:
+    """This process stops before it makes, names or removes its file number `at`."""
+    seen = counting()
+
+    def wrapped(real: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def operation(*given: Any, **named: Any) -> Any:
+            if (name != "open" or given[1] & os.O_CREAT) and next(seen) == at:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return real(*given, **named)
+
+        return operation
+
+    for name in ("open", "rename", "mkdir", "unlink", "rmdir"):
+        setattr(os, name, wrapped(getattr(os, name), name))
+
+
 def stopped_and_continued(count: int, seed: int, folder: Path) -> Found:
     """Owners are stopped. While its lock holds, others are refused; of every second one the lock is lost (its
     files are removed, as if the file system had none) and another finishes the run. Then all are continued.
     """
-    expected, length = reference(folder)
+    expected, _ = reference(folder)
     cases: list[tuple[int, Path, dict[str, bytes]]] = []
     wrong: list[Any] = []
     began = time.monotonic()
     for number in range(2 * count):
         draw, out = random.Random(f"{seed} {number}"), folder / f"run-{number}"
-        owner = forked(lambda out=out: go(out), folder / f"said-{number}")
-        while size(out / "journal.jsonl") < 500:
-            time.sleep(0.001)
-        time.sleep(draw.uniform(0, 0.5) * length)
-        os.kill(owner, signal.SIGSTOP)
-        os.waitpid(owner, os.WUNTRACED)
+        stop = partial(stopping, draw.randrange(10, 60))
+        owner = forked(lambda out=out, stop=stop: (stop(), go(out)), folder / f"said-{number}")
+        assert os.WIFSTOPPED(os.waitpid(owner, os.WUNTRACED)[1]), number
         if ended(forked(lambda out=out: go(out), folder / "refused")) != 2:
             wrong.append({"number": number, "found": "was not refused"})
         elif f"is being written by process {owner} on " not in (folder / "refused").read_text():
