@@ -14,7 +14,7 @@ from distill import papers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from downslope.distill import TopK
+from downslope.distill import Teacher, TopK, remember
 from downslope.errors import BadInput
 
 distill = importlib.import_module("downslope.distill")  # `downslope.distill` itself is the function
@@ -145,3 +145,63 @@ def test_files_that_are_none_of_ours_are_refused(tmp_path: Path) -> None:
         TopK.load(path)
     with pytest.raises(BadInput, match="not a cache"):
         TopK.load(tmp_path / "missing")
+
+
+INPUTS = {
+    "numbers": drawn(40, 3, 2),
+    "round": torch.randint(-4, 5, (40, 7), generator=torch.Generator().manual_seed(1)).float().cumsum(0),
+    "half": drawn(40, 5).half(),
+    "tokens": torch.randint(2**40, (40, 9), generator=torch.Generator().manual_seed(2)),
+    "bits": torch.arange(40).unsqueeze(1).bitwise_right_shift(torch.arange(6)).bitwise_and(1).bool(),
+    "scalars": torch.arange(40.0),
+    "table": {"ids": torch.arange(40) // 7, "more": (torch.arange(40) % 7, drawn(40, 2).round())},
+}
+
+
+def at(inputs: object, rows: Tensor) -> object:
+    if isinstance(inputs, dict):
+        return {key: at(value, rows) for key, value in inputs.items()}
+    return inputs[rows] if isinstance(inputs, Tensor) else tuple(at(one, rows) for one in inputs)
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_each_input_is_found_by_its_bits_in_whatever_batch_it_comes(kind: str) -> None:
+    inputs, logits = INPUTS[kind], drawn(40, 9, seed=4)
+    batches = [torch.arange(i, min(i + 7, 40)) for i in range(0, 40, 7)]
+    asked = iter(batches)
+    cache, places = remember(lambda _: logits[next(asked)], [at(inputs, rows) for rows in batches], k=3)
+    for rows in (torch.arange(40).flip(0), torch.tensor([5]), torch.tensor([17, 3, 17, 39])):
+        assert places(at(inputs, rows)).tolist() == rows.tolist()
+        expected = TopK.of(logits[rows], 3)
+        torch.testing.assert_close(cache[places(at(inputs, rows))].values, expected.values, rtol=0, atol=0)
+
+
+def test_one_bit_more_or_less_is_another_input() -> None:
+    inputs = torch.zeros(195, 65)
+    for i in range(1, 195):  # the sign bit alone, and then the last one
+        inputs[i, i // 3] = [-0.0, 2.0**-149, 1.0][i % 3]
+    _, places = remember(lambda x: x[:, :4], [inputs], k=1)
+    assert places(inputs).tolist() == list(range(195))
+    for other in (inputs[:1] - 2.0**-149, 2 * inputs[5:6], torch.full((1, 65), torch.nan)):
+        with pytest.raises(BadInput, match="hold none for an input of this batch"):
+            places(other)
+
+
+def test_equal_inputs_have_the_place_of_the_first() -> None:
+    _, places = remember(lambda x: x, [torch.ones(3, 2), torch.eye(2), torch.ones(1, 2)], k=1)
+    assert places(torch.tensor([[1.0, 1.0], [0.0, 1.0]])).tolist() == [0, 4]
+
+
+def test_a_loop_of_ones_own_may_ask_once() -> None:
+    teacher, student = torch.nn.Linear(5, 9), torch.nn.Linear(5, 9)
+    x, y = drawn(30, 5).float(), torch.arange(30) % 9
+    cache, places = remember(Teacher(teacher), x.split(8), k=9, temperature=2.0)
+    kept, asked = (distill.distill(student, who, temperature=2.0) for who in (cache, teacher))
+    batch = torch.tensor([4, 29, 11])
+    found = kept(student, (x[batch], y[batch], places(x[batch])))
+    torch.testing.assert_close(found, asked(student, (x[batch], y[batch])), rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_no_tensor_has_no_bits() -> None:
+    with pytest.raises(BadInput, match="made of tensors, got str"):
+        remember(lambda x: x, [["a", "b"]], k=1)

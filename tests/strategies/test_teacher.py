@@ -15,7 +15,7 @@ from train import problems
 import downslope as ds
 from downslope.errors import BadInput
 from downslope.recipe import Recipe
-from downslope.strategies import average, micro, mix, smoothing, teacher
+from downslope.strategies import average, growth, micro, mix, smoothing, teacher
 from downslope.tasks import task
 from downslope.train import Training, order
 
@@ -263,6 +263,121 @@ def test_another_teacher_in_the_folder_is_refused_by_name(taught: dict[str, Net]
     taught["two"].head.bias.data[0] += 1e-12
     with pytest.raises(BadInput, match="the teacher in two is not the one that this training began with"):
         Training.load(tmp_path / "a", plain(), sha=sha)
+
+
+class Asked(Net):
+    """A teacher that counts the items that it answers for."""
+
+    items = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.items += len(x)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("pieces", [ITEMS, 6])
+@pytest.mark.parametrize("kept", [1, 2])
+def test_a_cache_keeps_the_likeliest_classes_and_the_tail_as_one_more(
+    taught: dict[str, Net], pieces: int, kept: int
+) -> None:
+    def loss(student: nn.Module, x: Tensor, y: Tensor, _step: int) -> Tensor:
+        logits, theirs = student(x), answers(taught["one"], x, 3.0)
+        own = functional.softmax(logits / 3.0, -1)
+        top = theirs.topk(kept).indices
+        p, q = (
+            torch.cat([each.gather(-1, top), 1 - each.gather(-1, top).sum(-1, keepdim=True)], -1)
+            for each in (theirs, own)
+        )
+        return 0.3 * functional.cross_entropy(logits, y) + 0.7 * 9 * (p * (p / q).log()).sum(-1).mean()
+
+    asked = recipe(teacher(run="one", temperature=3.0, alpha=0.7, cache=kept), micro(items=pieces))
+    found, expected = trained(Training(plain(), asked, seed=3)), followed(loss, pieces)
+    assert found[0] == pytest.approx(expected[0], rel=1e-6)  # the cache is in float32
+    for name, value in expected[1].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("beside", [(), (smoothing(share=0.375),), (growth(times=2),), (average(decay=0.5),)])
+def test_a_cache_of_all_classes_is_the_teacher_itself(taught: dict[str, Net], beside: Any) -> None:
+    both = {"run": ("one", "two"), "weights": (1.0, 3.0), "temperature": 2.0}
+    straight = trained(Training(plain(), recipe(teacher(**both), *beside)))
+    found = trained(Training(plain(), recipe(teacher(**both, cache=3), *beside)))
+    assert found[0] == pytest.approx(straight[0], rel=1e-6)
+    for name, value in straight[1].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_teacher_with_a_cache_is_asked_once_for_each_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those included that the first pass leaves out, which is 70 samples in batches of 16."""
+    model = Asked(9, seed=1)
+    monkeypatch.setattr(STATE, "trained", lambda _folder: model)
+    state = Training(plain(), recipe(teacher(run="x", cache=2)).with_(steps="9 epochs"))
+    probe = ITEMS  # one batch shows the shape of its answers
+    assert model.items == len(plain().train[1]) + probe
+    state.advance()
+    assert model.items == len(plain().train[1]) + probe
+
+
+@pytest.mark.parametrize("moment", [0, 1, 5])
+def test_with_a_cache_a_resumed_training_has_the_same_bits(
+    taught: dict[str, Net], tmp_path: Path, moment: int
+) -> None:
+    asked = recipe(teacher(run="one", cache=2), micro(items=6)).with_(steps=12)
+    straight, stopped = Training(plain(), asked, seed=3), Training(plain(), asked, seed=3)
+    straight.advance()
+    stopped.advance(moment)
+    sha = stopped.save(tmp_path / "a")
+    assert "indices" not in json.dumps(json.loads((tmp_path / "a" / "state.json").read_text()))
+    resumed = Training.load(tmp_path / "a", plain(), sha=sha)
+    resumed.advance()
+    assert resumed.fields() == straight.fields()
+
+
+@pytest.mark.parametrize(
+    ("options", "beside", "said"),
+    [
+        ({"cache": 0}, (), r"cache keeps at least 1 class, got 0"),
+        (
+            {"cache": 2, "method": "decoupled"},
+            (),
+            r"cache keeps logits, and the method 'decoupled' needs more",
+        ),
+        (
+            {"cache": 2, "method": {"logits": 1.0, "attention": 9.0}, "layers": (("body", "body"),)},
+            (),
+            "the method 'attention' needs more of a teacher",
+        ),
+        ({"cache": 2, "batchnorm": "train"}, (), 'of batchnorm "train" each batch has its own'),
+        (
+            {"cache": 2, "temperature": ds.linear(1.0, steps=6, end=4.0)},
+            (),
+            "cache keeps answers at one temperature, not at a schedule's",
+        ),
+        ({"cache": 2}, (mix(classes=3),), r"leave out cache or \[mix\]"),
+        ({"cache": 4}, (), r"\[teacher\] cache is at most the 3 classes, got 4"),
+    ],
+)
+def test_what_a_cache_cannot_serve_is_refused_with_the_reason(
+    taught: dict[str, Net], options: Any, beside: Any, said: str
+) -> None:
+    with pytest.raises(BadInput, match=said):
+        Training(plain(), recipe(teacher(run="one", **options), *beside))
+
+
+class Shaken(torch.utils.data.Dataset[Any]):
+    """Samples that are other ones each time they are read."""
+
+    def __len__(self) -> int:
+        return 70
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.randn(6, dtype=torch.float64), torch.tensor(index % 3)
+
+
+def test_inputs_that_change_from_pass_to_pass_are_refused_by_a_cache(taught: dict[str, Net]) -> None:
+    state = Training(plain(train=Shaken()), recipe(teacher(run="one", cache=2)))
+    with pytest.raises(BadInput, match="hold none for an input of this batch: inputs must be the same"):
+        state.advance(1)
 
 
 def twice(model: nn.Module, batch: Any) -> Tensor:

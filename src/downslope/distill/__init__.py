@@ -1,6 +1,6 @@
 """Knowledge distillation: losses on tensors, teachers and their cache, and `distill` of them all."""
 
-from downslope.distill.cache import TopK
+from downslope.distill.cache import Places, TopK, remember
 from downslope.distill.distillation import METHODS, Distillation, born_again, distill
 from downslope.distill.feature import angle, attention, distance, hints, relational
 from downslope.distill.layer import captured, regressor
@@ -10,6 +10,7 @@ from downslope.distill.teacher import Teacher, Teachers, averaged
 __all__ = [
     "METHODS",
     "Distillation",
+    "Places",
     "Teacher",
     "Teachers",
     "TopK",
@@ -29,4 +30,5 @@ __all__ = [
     "mutual",
     "regressor",
     "relational",
+    "remember",
 ]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from downslope.distill import Distillation, Teacher, Teachers, distill
+from downslope.distill import Distillation, Places, Teacher, Teachers, TopK, distill, remember
 from downslope.distill.layer import logits_of
 from downslope.distill.teacher import AVERAGES
 from downslope.errors import BadInput, nearest, under
@@ -33,8 +33,9 @@ class teacher(Strategy):
     or "logits" `average`d. `method`: one, or weights by name; those on features take `layers`, pairs of
     student's and teacher's, and train regressors between widths by an Adam of their own at `rate`.
     `temperature`, `alpha`: numbers or schedules. `batchnorm`: statistics that run ("eval") or are the batch's
-    ("train"). Items count alike; a target `ignore_index` not at all. Source: arXiv:1503.02531. Not for:
-    teachers trained with label smoothing, which tell less (arXiv:1906.02629).
+    ("train"). `cache`: keep that many classes of each answer, and ask once; "logits" alone. Items count
+    alike; a target `ignore_index` not at all. Source: arXiv:1503.02531. Not for: teachers trained with label
+    smoothing, which tell less (arXiv:1906.02629).
     """
 
     run: str | tuple[str, ...]
@@ -47,6 +48,7 @@ class teacher(Strategy):
     layers: tuple[tuple[str, str], ...] = ()
     rate: float = 1e-3
     batchnorm: str = "eval"
+    cache: int | None = None
     ignore_index: int = -100
 
     def __post_init__(self) -> None:
@@ -65,6 +67,7 @@ class teacher(Strategy):
             with under("rate"):
                 raise BadInput(f"rate must be above 0, got {self.rate!r}.")
         self._check_numbers()
+        self._check_cache()
         Distillation(self._taught({run: nn.Identity() for run in self.runs}), **self._options())
 
     def _check_numbers(self) -> None:
@@ -90,6 +93,27 @@ class teacher(Strategy):
                 with under(key):
                     raise BadInput(f"{said}.")
 
+    def _check_cache(self) -> None:
+        """One answer for each input must be all that a method needs."""
+        other = [name for name in self.methods if name != "logits"]
+        for wrong, said in (
+            (self.cache is not None and self.cache < 1, f"keeps at least 1 class, got {self.cache}"),
+            (bool(other), f"keeps logits, and the method {''.join(other[:1])!r} needs more of a teacher"),
+            (isinstance(self.temperature, Schedule), "keeps answers at one temperature, not at a schedule's"),
+            (
+                self.batchnorm == "train",
+                'keeps one answer to an input; of batchnorm "train" each batch has its own',
+            ),
+        ):
+            if self.cache is not None and wrong:
+                with under("cache"):
+                    raise BadInput(f"cache {said}.")
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods' names."""
+        return (self.method,) if isinstance(self.method, str) else tuple(self.method)
+
     @property
     def runs(self) -> tuple[str, ...]:
         """The folders."""
@@ -97,25 +121,28 @@ class teacher(Strategy):
 
     def alone(self, shard: bool) -> str:
         """Items of one batch must not lie on several ranks, nor regressors learn from one rank's items."""
-        methods = [self.method] if isinstance(self.method, str) else list(self.method)
-        if related := [name for name in methods if name in _WITHIN_A_BATCH]:
+        if related := [name for name in self.methods if name in _WITHIN_A_BATCH]:
             return f"its method {related[0]!r} compares the items of a batch with each other"
         return "regressors between layers are trained on one rank's items" if self.layers else ""
 
     def refuse(self, others: Mapping[str, Strategy]) -> None:
         """What the methods compare must be there."""
-        methods = [self.method] if isinstance(self.method, str) else list(self.method)
-        related = [name for name in methods if name in _WITHIN_A_BATCH]
+        related = [name for name in self.methods if name in _WITHIN_A_BATCH]
         if "micro" in others and related:
             raise BadInput(
                 f"[teacher] with the method {related[0]!r} compares the items of a batch with each other, "
                 "which [micro] takes apart: leave out one of them."
             )
         soft = [name for name in ("mix", "smoothing") if name in others]
-        if "decoupled" in methods and soft:
+        if "decoupled" in self.methods and soft:
             raise BadInput(
                 f"[teacher] with the method 'decoupled' needs a class for each item, and [{soft[0]}] makes "
                 "probabilities of them: take the method 'logits', or leave it out."
+            )
+        if self.cache is not None and "mix" in others:
+            raise BadInput(
+                "[teacher] with cache knows the inputs of the data, and [mix] makes others of them for each "
+                "batch: leave out cache or [mix]."
             )
 
     def begin(self, training: Setting) -> Live:
@@ -124,15 +151,16 @@ class teacher(Strategy):
         models = {run: training.teacher(run).to(device) for run in self.runs}
         (batch,) = training.batches(1)
         inputs, _ = _pair(batch)
-        _check_answers(models, training.model, inputs)
+        classes = _check_answers(models, training.model, inputs)
+        taught, places = self._remembered(self._taught(models), training, classes)
         with torch.random.fork_rng(devices=[]):  # a student draws as it would alone
             torch.manual_seed(training.seed)
             loss = distill(
                 training.model,
-                self._taught(models),
+                taught,
                 self.method,
                 layers=dict(self.layers),
-                sample=inputs if "hints" in self._options()["weights"] else None,
+                sample=inputs if "hints" in self.methods else None,
                 **{key: value for key, value in self._options().items() if key not in ("weights", "pairs")},
             )
         if loss.regressors and training.optimizer is not None and training.optimizer.asks_again:
@@ -140,12 +168,33 @@ class teacher(Strategy):
                 f"[teacher] steps the regressor behind {next(iter(loss.regressors))!r} once a batch, and "
                 f"{training.optimizer.chain.name} asks for the gradient several times: take layers alike."
             )
-        schedules = {
+        teachers = {run: _sha(model) for run, model in models.items()}
+        return _Taught(loss, self._schedules(training), teachers, self.rate, places)
+
+    def _schedules(self, training: Setting) -> dict[str, Schedule]:
+        """The numbers that follow one."""
+        return {
             name: number.resolve(**training.rates)
             for name in ("temperature", "alpha")
             if isinstance(number := getattr(self, name), Schedule)
         }
-        return _Taught(loss, schedules, {run: _sha(model) for run, model in models.items()}, self.rate)
+
+    def _remembered(
+        self, taught: Teacher | Teachers, training: Setting, classes: int
+    ) -> tuple[Teacher | Teachers | TopK, Places | None]:
+        """With `cache`, the answers to all samples: asked for in one order and in the same batches wherever
+        a training begins or goes on, they are the same to the bit, and need not be saved.
+        """
+        if self.cache is None:
+            return taught, None
+        if self.cache > classes:
+            with under("cache"):
+                raise BadInput(f"[teacher] cache is at most the {classes} classes, got {self.cache}.")
+        temperature = self._options()["temperature"]
+        inputs = (_pair(batch)[0] for batch in training.samples())
+        return remember(
+            lambda one: taught.logits(one, temperature), inputs, self.cache, temperature=temperature
+        )
 
     def _taught(self, models: Mapping[str, nn.Module]) -> Teacher | Teachers:
         """The teachers as one."""
@@ -171,9 +220,15 @@ class _Taught(Live):
     """Of the teachers only fingerprints are saved, and another teacher is refused."""
 
     def __init__(
-        self, loss: Distillation, schedules: Mapping[str, Schedule], teachers: Mapping[str, str], rate: float
+        self,
+        loss: Distillation,
+        schedules: Mapping[str, Schedule],
+        teachers: Mapping[str, str],
+        rate: float,
+        places: Places | None,
     ) -> None:
         self.distillation, self.schedules, self.teachers = loss, schedules, teachers
+        self.places = places
         named = list(loss.named_parameters())
         self.optimizer = Optimizer(named, adam(lr=rate), guard=True) if named else None
 
@@ -181,7 +236,9 @@ class _Taught(Live):
         def taught(model: nn.Module, batch: Batch) -> Tensor:
             once = _Once(model, loss, batch)
             self.distillation.hard = once.hard
-            return self.distillation(once, _pair(batch))
+            inputs, targets = _pair(batch)
+            rows = () if self.places is None else (self.places(inputs),)
+            return self.distillation(once, (inputs, targets, *rows))
 
         return taught
 
@@ -272,8 +329,8 @@ def _pair(batch: Batch) -> tuple[Any, Tensor]:
     return batch[0], batch[1]
 
 
-def _check_answers(models: Mapping[str, nn.Module], student: nn.Module, inputs: Any) -> None:
-    """BadInput for a teacher of other inputs or other classes."""
+def _check_answers(models: Mapping[str, nn.Module], student: nn.Module, inputs: Any) -> int:
+    """How many classes there are. BadInput for a teacher of other inputs or other classes."""
     own = logits_of(Teacher(student)(inputs)).shape
     for run, model in models.items():
         try:
@@ -286,6 +343,7 @@ def _check_answers(models: Mapping[str, nn.Module], student: nn.Module, inputs: 
                 f"the teacher in {run} answers with logits of shape {list(theirs)}, and the student with "
                 f"{list(own)}: they must have the same positions and classes."
             )
+    return own[-1]
 
 
 def _sha(model: nn.Module) -> str:
