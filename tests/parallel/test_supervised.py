@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.xdist_group("supervised"),
     pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc"),
 ]
-STEPS = 300
+STEPS = 900  # long enough to be caught at work
 
 
 @contextmanager
@@ -117,6 +117,7 @@ def test_a_killed_rank_is_started_anew(tmp_path: Path, straight: tuple[Any, ...]
     assert bits(out) == straight
 
 
+@pytest.mark.slow
 def test_no_rank_outlives_the_supervisor(tmp_path: Path, straight: tuple[Any, ...]) -> None:
     out = tmp_path / "run"
     with started(out) as process:
