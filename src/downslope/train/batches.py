@@ -107,7 +107,7 @@ class Batches:
         self._course.lose()
         if getattr(self.loader, "_iterator", None) is not None:
             self.loader._iterator = None  # persistent workers that died would stay dead
-        if hasattr(live, "_shutdown_workers"):
+        if live is not None and hasattr(live, "_shutdown_workers"):
             with suppress(RuntimeError):  # so does torch while it waits for the others
                 live._shutdown_workers()
 

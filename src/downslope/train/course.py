@@ -80,10 +80,12 @@ class Ordered(Course):
 
     @property
     def epoch(self) -> int:
+        """Passes that are complete."""
         return self.sampler.epoch
 
     @property
     def position(self) -> int:
+        """Batches of this pass that are used up."""
         return self.sampler.position
 
     def begin(self) -> Iterator[Any]:
@@ -94,23 +96,28 @@ class Ordered(Course):
             return iter(self.loader)
 
     def advance(self) -> None:
+        """One more batch is used up."""
         self.sampler.advance()
 
     def turn(self) -> None:
+        """The epoch is over."""
         self.sampler.turn()
 
     def lose(self) -> None:
         """The sampler is still before it."""
 
     def awaited(self) -> str:
+        """Which samples the next batch has."""
         indices = next(self.sampler.ahead(), [])
         shown = ", ".join(str(int(index)) for index in indices[:8])
         return f" (samples {shown}{', …' if len(indices) > 8 else ''})" if indices else ""
 
     def state(self) -> dict[str, Any]:
+        """The place as plain data."""
         return self.sampler.state_dict()
 
     def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
         self.sampler.load_state_dict(state)
 
 
@@ -124,15 +131,19 @@ class Counted(Course):
         self.loader = loader
 
     def advance(self) -> None:
+        """One more batch is used up."""
         self.position += 1
 
     def turn(self) -> None:
+        """The epoch is over."""
         self.epoch, self.position = self.epoch + 1, 0
 
     def state(self) -> dict[str, Any]:
+        """The place as plain data."""
         return {"epoch": self.epoch, "position": self.position}
 
     def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
 
 
@@ -157,12 +168,15 @@ class Stateful(Counted):
             return iter(self.loader)
 
     def lose(self) -> None:
+        """The batch after the place was lost."""
         self._lost = True
 
     def state(self) -> dict[str, Any]:
+        """The place as plain data."""
         return {**super().state(), "state": written(self.keeper.state_dict())}
 
     def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
         super().load(state)
         self.keeper.load_state_dict(read(state["state"]))
         self._resumes, self._lost = self.position > 0, False
@@ -194,16 +208,20 @@ class Restarted(Counted):
             now.restore()
 
     def turn(self) -> None:
+        """The epoch is over."""
         super().turn()
         self._start = None
 
     def lose(self) -> None:
+        """The batch after the place was lost."""
         self.position = 0
 
     def state(self) -> dict[str, Any]:
+        """The place as plain data."""
         return {**super().state(), **(self._start or {"own": self._own(), "global": None})}
 
     def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
         self._restore(state["own"])
         super().load(state)
         self._start = None

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from downslope.errors import BadInput
-from downslope.tasks import guest
+from downslope.tasks.guest import guest
 from downslope.train.random import Generators
 from downslope.train.sampler import Index
 
