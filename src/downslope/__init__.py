@@ -143,6 +143,7 @@ from downslope.schedule import (
 from downslope.tasks import Player, Task, accuracy, cross_entropy, squared_error, task, tasks
 from downslope.train import (
     Batches,
+    BatchLost,
     Checkpoints,
     Diverged,
     Proof,
@@ -184,6 +185,7 @@ __all__ = [
     "Average",
     "Averaging",
     "BadInput",
+    "BatchLost",
     "Batches",
     "Chain",
     "Checkpoints",

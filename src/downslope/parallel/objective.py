@@ -97,6 +97,12 @@ def sharded(model: nn.Module, ranks: Ranks) -> Objective:
     scalars = [name for name, parameter in model.named_parameters() if parameter.ndim == 0]
     if scalars:
         raise BadInput(f"{scalars[0]} of the model has no dimension along which --shard could cut it.")
+    for name, module in model.named_modules():
+        if getattr(module, "sparse", False) is True:
+            raise BadInput(
+                f"{name or 'the model'} has row-sparse gradients, which FSDP2 cannot cut: leave out --shard, "
+                "or make it with sparse=False."
+            )
     owners: dict[int, int] = {}
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     blocks = [block for found in reversed(lists) for block in found if any(True for _ in block.parameters())]

@@ -1,6 +1,6 @@
 """Training: a Training owns everything that resumes; a run is a folder that survives kill -9 at any time."""
 
-from downslope.train.batches import Batches
+from downslope.train.batches import Batches, BatchLost
 from downslope.train.checkpoint import Damaged
 from downslope.train.history import history, losses
 from downslope.train.order import order, steps_per_epoch
@@ -15,6 +15,7 @@ from downslope.train.training import Attempt, Evaluation, Training
 
 __all__ = [
     "Attempt",
+    "BatchLost",
     "Batches",
     "Checkpoints",
     "Damaged",
