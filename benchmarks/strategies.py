@@ -194,6 +194,7 @@ CHANGES: Mapping[str, Change] = {
 ELSEWHERE = {
     "teacher": "measured by benchmarks/distillation.py",
     "dropout": "none of the three models has a dropout layer",
+    "spikes": "none of the three trainings has any; tests/strategies/test_spikes.py plants them",
     "growth": "its updates see more data than those of the recipe without it",
     "escape": "for a loss that stands still at a saddle, see tests/strategies/test_escape.py",
     "restart": "for small models with bad minima, see tests/strategies/test_restart.py",
