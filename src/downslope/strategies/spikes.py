@@ -58,6 +58,11 @@ class spikes(Strategy):
             with under("ladder"):
                 raise BadInput(f"the rungs of a ladder come in the order {', '.join(RUNGS)}, each once.")
 
+    def alone(self, shard: bool) -> str:
+        """The state to go back to is a whole one."""
+        lies = shard and "back" in self.ladder
+        return 'the state that "back" keeps would lie whole on each' if lies else ""
+
     def refuse(self, others: Mapping[str, Strategy]) -> None:
         """Two strategies that take an optimizer back would take it from each other."""
         for name in ("switch", "restart"):
