@@ -173,7 +173,7 @@ def test_a_signal_saves_on_all_ranks(
     assert bits(out) == straight
 
 
-@pytest.mark.faults  # on a loaded machine a rank can be lost before it has said why
+@pytest.mark.slow
 def test_what_a_new_start_would_not_change_is_said_once(tmp_path: Path) -> None:
     with started(tmp_path / "run", task="failing") as process:
         found = said(process, 1)

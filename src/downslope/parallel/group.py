@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from downslope.errors import BadInput
 from downslope.parallel.child import PARENT, die_with_parent
-from downslope.parallel.ranks import ALONE, Ranks, lost
+from downslope.parallel.ranks import ALONE, Lost, Ranks, lost
 from downslope.parallel.watchdog import PATIENCE
 
 VERDICTS = {1: 65, 2: 66}
@@ -75,10 +75,19 @@ def joined(shard: bool = False, patience: float = PATIENCE) -> Iterator[Ranks]:
         if mine:
             with lost():
                 dist.barrier()
-    finally:
-        if mine:
-            with suppress(Exception):  # who lost the others cannot part from them
-                dist.destroy_process_group()
+    except BaseException as error:
+        # Under our agent a rank that fails ends at once, and the others must not see it go before the agent
+        # can see why: the first exit is taken for the cause.
+        if mine and (isinstance(error, Lost) or PARENT not in os.environ):
+            _part()
+        raise
+    if mine:
+        _part()
+
+
+def _part() -> None:
+    with suppress(Exception):  # who lost the others cannot part from them
+        dist.destroy_process_group()
 
 
 def verdict(said: str, code: int) -> int:

@@ -152,7 +152,10 @@ def _served(arguments: Sequence[str], nproc: int) -> int:
         meaning = {code: plain for plain, code in VERDICTS.items()}
         ends = [error.failures[rank] for rank in sorted(error.failures)]
         ends = [end for end in ends if end.exitcode in meaning]
-        for said in dict.fromkeys(end.message for end in ends):
+        # torch unpacks what a rank left in its error file, or not: as it was written, it is a table.
+        messages: list[Any] = [end.message for end in ends]
+        told = [one["message"] if isinstance(one, dict) else one for one in messages]
+        for said in dict.fromkeys(told):
             sys.stderr.write(f"{said}\n")
         return max((meaning[end.exitcode] for end in ends), default=Lost.exit_code)
     return 0
