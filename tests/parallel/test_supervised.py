@@ -142,7 +142,7 @@ def test_a_killed_agent_takes_the_ranks_along_and_is_started_anew(
     assert bits(out) == straight
 
 
-@pytest.mark.faults  # on a loaded machine a rank can be lost before it has said why
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_found_and_where_the_others_wait(
     tmp_path: Path, straight: tuple[Any, ...]
 ) -> None:
@@ -153,7 +153,8 @@ def test_a_rank_that_hangs_is_found_and_where_the_others_wait(
         assert "A rank was lost" in said(process, 0)
     stacks = (out / "ranks" / "rank-0.stacks").read_text()
     assert "Timeout" in stacks
-    assert "training.py" in stacks
+    assert "downslope/train/" in stacks  # in whichever of the loop's agreements the other was stopped
+    assert "distributed_c10d.py" in stacks or "_engine_run_backward" in stacks
     assert bits(out) == straight
 
 
