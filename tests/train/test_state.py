@@ -150,6 +150,31 @@ def test_a_scheduler_attached_after_the_load_goes_on_at_the_same_rate(tmp_path: 
     assert second.run(6) == straight
 
 
+def test_what_comes_after_an_update_does_not_take_it_back(tmp_path: Path) -> None:
+    first = Loop("adam", "step")
+    first.run(3)
+    first.state().save(tmp_path / "c")
+    second = Loop("adam", seed=1)
+    state = second.state()
+    state.load(tmp_path / "c")
+    second.run(2)
+    before = state.parts["optimizer"].state_dict()["state"][0]["exp_avg"].clone()
+    with pytest.raises(BadInput, match="scheduler is in the checkpoint, and comes after an update"):
+        state.add("scheduler", SCHEDULERS["step"](second.optimizer))
+    assert torch.equal(second.optimizer.state_dict()["state"][0]["exp_avg"], before)
+    state.add("rng", torch.Generator())  # which it has not
+
+
+def test_a_part_that_refuses_by_itself_does_so_before_weights_are_changed(tmp_path: Path) -> None:
+    first = Loop("adam")
+    first.state(sampler=ds.Sampler(20, 4)).save(tmp_path / "c")
+    second = Loop("adam", seed=1)
+    before = second.model.body.weight.clone()
+    with pytest.raises(BadInput, match="samples 20 then and 30 now"):
+        second.state(sampler=ds.Sampler(30, 4)).load(tmp_path / "c")
+    assert torch.equal(second.model.body.weight, before)
+
+
 def test_another_order_of_parameters_and_of_parts_changes_nothing(tmp_path: Path) -> None:
     """Trap 1: torch maps state by place."""
     first = Loop("adam")

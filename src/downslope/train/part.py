@@ -22,6 +22,8 @@ from downslope.optimizer import Optimizer
 from downslope.state import differences, listed, plain_name
 from downslope.train.plain import Packed, pack, unpack
 
+FIRST, LAST = 0, 2
+
 
 @dataclass
 class Told:
@@ -38,8 +40,8 @@ class Part:
     puts back what fits.
     """
 
-    last = False
-    """Whether it is to be loaded after the others, because they write into it."""
+    turn = 1
+    """When it is to be loaded: FIRST if its own load may refuse, LAST if others write into it."""
 
     def __init__(self, name: str, held: Any) -> None:
         self.name, self.held = name, held
@@ -109,7 +111,7 @@ class Stepper(Part):
     which the checkpoint's win.
     """
 
-    last = True
+    turn = LAST
 
     def __init__(self, name: str, held: Any, names: Mapping[int, str]) -> None:
         super().__init__(name, held)
@@ -256,6 +258,8 @@ class Keeper(Part):
     and scalers of torch, averages, early stopping, samplers, loaders. Functions that it calls, such as those
     of LambdaLR, are known by the SHA-256 of their code.
     """
+
+    turn = FIRST
 
     def pack(self) -> Packed:
         """What its state dict holds."""

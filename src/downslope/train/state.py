@@ -17,7 +17,7 @@ from downslope.state import plain_name
 from downslope.train import checkpoint
 from downslope.train.checkpoint import Folder
 from downslope.train.fingerprint import digest, fingerprint
-from downslope.train.part import Part, Told, part_of
+from downslope.train.part import LAST, Part, Told, part_of
 from downslope.train.plain import Packed, leaves, pack, unpack
 from downslope.train.random import Generators
 
@@ -80,6 +80,7 @@ class TrainState:
         self._parts: dict[str, Part] = {}
         self._names: dict[int, str] = {}
         self._waiting: dict[str, Packed] = {}
+        self._moved = 0
         given = {"model": model, "optimizer": optimizer, **parts}
         for name, held in given.items():
             if held is not None:
@@ -87,17 +88,26 @@ class TrainState:
 
     def add(self, name: str, held: Any) -> None:
         """Let one more part belong to the state. If a checkpoint was loaded that has it, it goes on from
-        there at once, and so do the optimizers, whose rate a new scheduler has just written.
+        there at once, and so do the optimizers, whose rate a new scheduler has just written. BadInput if the
+        training has moved since.
         """
         if name in RESERVED or name in self._parts:
             raise BadInput(f"the name {name!r} is taken: call it something else.")
         check_name(name)
+        if name in self._waiting and self._moves() != self._moved:
+            raise BadInput(
+                f"{name} is in the checkpoint, and comes after an update: add it before you train on."
+            )
         if isinstance(held, nn.Module):
             self._names |= {id(p): f"{name}.{plain}" for plain, p in _parameters(held)}
         self._parts[name] = part_of(name, held, self._names)
         if name in self._waiting:
-            due = [name, *(other for other, part in self._parts.items() if part.last and other != name)]
+            due = [
+                name,
+                *(other for other, part in self._parts.items() if part.turn == LAST and other != name),
+            ]
             self._put_back({one: self._waiting[one] for one in due if one in self._waiting}, strict=True)
+            self._wait(self._waiting)
 
     @property
     def parts(self) -> Mapping[str, Any]:
@@ -158,7 +168,7 @@ class TrainState:
         }
         ready = {name: packed for name, packed in saved.items() if name in self._parts}
         told = self._put_back(ready, strict, what)
-        self._waiting = saved
+        self._wait(saved)
         self.step = shot.data["step"]
         self.counters = unpack(Packed(shot.data["counters"], dict(shot.tensors.get("counters", {}))))
         if shot.generators is not None and self.generators:
@@ -183,6 +193,18 @@ class TrainState:
             found |= {f"{name} {key}": text for key, text in leaves(data)}
         return found
 
+    def _wait(self, saved: Mapping[str, Packed]) -> None:
+        """Hold what the program has not yet, and for its sake the optimizers; else nothing."""
+        absent = saved.keys() - self._parts.keys()
+        held = {name: one for name, one in saved.items() if name in absent or self._parts[name].turn == LAST}
+        self._waiting, self._moved = (held if absent else {}), self._moves()
+
+    def _moves(self) -> int:
+        """A number that grows with every update of a model."""
+        models = (part.held for part in self._parts.values() if isinstance(part.held, nn.Module))
+        every = (parameter for model in models for parameter in model.parameters())
+        return sum(parameter._version for parameter in every if not parameter.is_inference())
+
     def _shot(self) -> Snapshot:
         if lost := [name for name in self._waiting if name not in self._parts]:
             warnings.warn(
@@ -206,14 +228,16 @@ class TrainState:
         return Snapshot(data, tensors, Generators.now() if self.generators else None)
 
     def _put_back(self, ready: Mapping[str, Packed], strict: bool, what: str = "the checkpoint") -> Told:
-        """Check everything, and only then change anything: optimizers after what writes into their rates."""
+        """Check everything, and only then change anything: first what may yet refuse by itself, and
+        optimizers after what writes into their rates.
+        """
         told = Told()
         for name, packed in ready.items():
             self._parts[name].check(packed, told)
         if told.wrong and strict:
             first = "; ".join(told.wrong[:3]) + ("; …" if len(told.wrong) > 3 else "")
             raise BadInput(f"{what} does not fit: {first}.")
-        for name in sorted(ready, key=lambda one: self._parts[one].last):
+        for name in sorted(ready, key=lambda one: self._parts[one].turn):
             self._parts[name].load(ready[name], told)
         return told
 
