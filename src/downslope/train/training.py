@@ -323,16 +323,12 @@ class Training:
             raise BadInput(
                 f"the checkpoint {folder} saw {saved['samples']} samples, the task now has {made.samples}."
             )
-        made._go_on(lambda state: state.load(folder, sha=sha))
+        made._go_on(folder, sha)
         return made
 
     def snapshot(self, into: Snapshot | None = None) -> Snapshot:
         """The training at this moment, in memory of its own: that of `into`, if it has as much."""
         return self._counted(lambda state: state.snapshot(into))
-
-    def restore(self, shot: Snapshot) -> None:
-        """Go on from a snapshot of this training, which may be used again."""
-        self._go_on(lambda state: state.restore(shot))
 
     def fields(self) -> dict[str, str]:
         """Every counter, generator and tensor by name, as text that is equal if and only if the bits are."""
@@ -355,11 +351,11 @@ class Training:
         with self._inside():
             return take(self.state)
 
-    def _go_on(self, put_back: Callable[[TrainState], object]) -> None:
+    def _go_on(self, folder: Folder, sha: str | None) -> None:
         with self._inside(), warnings.catch_warnings():
             # What a branch follows differs from its recipe on purpose; the recipe itself was compared.
             warnings.filterwarnings("ignore", message="(?s).*the checkpoint's numbers are used")
-            put_back(self.state)
+            self.state.load(folder, sha=sha)
         self.step, self.batches = self.state.step, self.state.counters["batches"]
         for side in self.sides:
             side.skips = self.state.counters["skips in a row"][side.name]
