@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Self
 
@@ -101,30 +101,29 @@ class Places:
     """Which row of a cache an input has, found by its bits, in whatever batch, order or piece it comes.
 
     `keys` are the `hashes` of the inputs whose answers are the rows; equal inputs have the first one's row.
-    32 bytes an item. BadInput for an input that is none of them. Not for augmentation, which makes new inputs
-    all the time. Of a million inputs two have one first key with a chance of 3e-8; one of them is refused
-    then, never mistaken for the other.
+    Inputs on a GPU are fetched from there to be hashed. BadInput for an input that is none of them. Not for
+    augmentation, which makes new inputs all the time.
 
     >>> places = Places(hashes(torch.eye(3)))
     >>> places(torch.eye(3)[[2, 0]])
     tensor([2, 0])
     """
 
-    def __init__(self, keys: Tensor) -> None:
-        self._rows = keys[:, 0].argsort(stable=True)
-        self._keys = keys[self._rows]
-        self._first = self._keys[:, 0].contiguous()
+    def __init__(self, keys: Sequence[bytes]) -> None:
+        self._rows: dict[bytes, int] = {}
+        for row, key in enumerate(keys):
+            self._rows.setdefault(key, row)
 
     def __call__(self, inputs: Any) -> Tensor:
         """The row of each of these items, on their device."""
-        keys = hashes(inputs)
-        at = torch.searchsorted(self._first, keys[:, 0].contiguous()).clamp(max=len(self._first) - 1)
-        if not torch.equal(self._keys[at], keys):
+        try:
+            found = [self._rows[key] for key in hashes(inputs)]
+        except KeyError:
             raise BadInput(
                 "the teacher's kept answers hold none for an input of this batch: inputs must be the same in "
                 "every pass, without augmentation."
-            )
-        return self._rows[at]
+            ) from None
+        return torch.tensor(found, device=next(_tensors(inputs)).device)
 
 
 def remember(
@@ -137,36 +136,21 @@ def remember(
     >>> cache[places(torch.eye(3)[1:])].values.shape
     torch.Size([2, 4])
     """
-    kept, keys = [], []
+    kept, keys = [], list[bytes]()
     for batch in inputs:
-        keys.append(hashes(batch))
+        keys += hashes(batch)
         kept.append(TopK.of(answer(batch), k, temperature=temperature))
-    return TopK.join(kept), Places(torch.cat(keys))
+    return TopK.join(kept), Places(keys)
 
 
-def hashes(inputs: Any) -> Tensor:
-    """128 bits of the bits of each item, as [items, 2] int64, on its device; BadInput for what is no tensors.
-
-    Sums of words times random factors modulo 2^64 (Dietzfelbinger 1996); the words are mixed before, because
-    those of round numbers end in zeros, which such a sum would keep.
-    """
-    total = torch.zeros((), dtype=torch.int64)
-    for place, tensor in enumerate(_tensors(inputs)):
-        bits = tensor.detach().reshape(len(tensor), -1).contiguous().view(torch.uint8)
-        words = (bits.view(torch.int32) if bits.shape[1] % 4 == 0 else bits).long() * _GOLDEN
-        words = words ^ (words >> 32)
-        factors = _factors(words.shape[1], place).to(words.device)
-        total = total.to(words.device) + torch.stack([(words * row).sum(1) for row in factors], 1)
-    return total
-
-
-_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # odd, so that multiplying by it loses nothing
-
-
-@lru_cache(maxsize=16)
-def _factors(words: int, place: int) -> Tensor:
-    drawn = torch.Generator().manual_seed(place)
-    return torch.randint(-(2**63), 2**63 - 1, (2, words), generator=drawn)
+def hashes(inputs: Any) -> list[bytes]:
+    """128 bits of BLAKE2b of the bits of each item; BadInput for what is no tensors."""
+    parts = [
+        tensor.detach().cpu().reshape(len(tensor), -1).contiguous().view(torch.uint8).numpy()
+        for tensor in _tensors(inputs)
+    ]
+    items = zip(*parts, strict=True)
+    return [blake2b(b"".join(row.tobytes() for row in item), digest_size=16).digest() for item in items]
 
 
 def _tensors(inputs: Any) -> Iterator[Tensor]:

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
@@ -81,6 +82,8 @@ class _Agent:
             try:
                 die_with_parent(me)
                 code = _served(arguments, nproc)
+            except Exception:
+                traceback.print_exc()  # a fault of ours or torch's, of which nobody else would hear
             finally:
                 os._exit(code)
 
