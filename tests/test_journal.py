@@ -93,6 +93,30 @@ def test_what_would_not_come_back_is_refused_and_not_written(
     assert bare(read(path)) == first(2)
 
 
+def test_several_events_at_once_are_as_one_by_one_and_all_or_none(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = [("step", {"step": step}) for step in range(3)]
+    with Journal.open(path) as journal:
+        assert journal.extend(events, sync=False) == 2
+        assert journal.extend([]) == 2
+        with pytest.raises(BadInput, match="plain data"):
+            journal.extend([*events, ("step", {"loss": b"0.5"})])
+        real = os.write
+
+        def interrupted(file: int, data: bytes) -> int:
+            real(file, bytes(data[:-5]))  # two whole lines and a part of the third
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                journal.extend(events)
+        assert journal.last == 2
+        assert journal.append("step", step=3) == 3
+    assert bare(read(path)) == first(4)
+
+
 # Damage
 
 

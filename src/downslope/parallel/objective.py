@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from downslope.kernels.collective import reshard
 from downslope.parallel.ranks import Ranks, lost
 
 Function = Callable[[nn.Module, Any], Any]
+
+_ALONE = nullcontext()
 
 
 class Objective(nn.Module):
@@ -54,12 +56,12 @@ class Objective(nn.Module):
         wrapped = self._ddp() if torch.is_grad_enabled() else None
         return function(self.model, batch) if wrapped is None else wrapped(function, batch)
 
-    @contextmanager
-    def piece(self, last: bool) -> Iterator[None]:
+    def piece(self, last: bool) -> AbstractContextManager[None]:
         """Within it, one piece of a batch: gradients of all but the last stay on this rank and add up."""
-        if not self.ranks.together:
-            yield
-            return
+        return self._piece(last) if self.ranks.together else _ALONE
+
+    @contextmanager
+    def _piece(self, last: bool) -> Iterator[None]:
         wrapped = None if self.ranks.shard else self._ddp()
         with lost():
             if self.ranks.shard:

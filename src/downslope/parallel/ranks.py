@@ -7,8 +7,7 @@ for bit, and does the same. Nothing that goes from rank to rank is unpickled: it
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -158,19 +157,18 @@ ALONE = Ranks()
 """A training of one process."""
 
 
-@contextmanager
-def lost() -> Iterator[None]:
+class lost:  # reads as what it is, a context: `with lost():`
     """What torch raises inside because another rank is gone becomes Lost, also where it is the cause of
     another error.
     """
-    try:
-        yield
-    except Lost:
-        raise
-    except Exception as error:
-        if not any(map(_about_ranks, (error, error.__cause__, error.__context__))):
-            raise
-        raise Lost(f"lost another rank: {str(error).strip().splitlines()[0][:200]}") from error
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None or isinstance(error, Lost) or not isinstance(error, Exception):
+            return
+        if any(map(_about_ranks, (error, error.__cause__, error.__context__))):
+            raise Lost(f"lost another rank: {str(error).strip().splitlines()[0][:200]}") from error
 
 
 def _about_ranks(error: BaseException | None) -> bool:

@@ -5,7 +5,7 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.machinery import SourceFileLoader
@@ -25,26 +25,32 @@ _loaded: dict[str, tuple[Path, str]] = {}
 """Which file, with which SHA-256, stands behind a module name that was registered here."""
 
 
-@contextmanager
-def guest(what: str) -> Iterator[None]:
+class guest:  # reads as what it is, a context: `with guest("the loss"):`
     """Runs the user's code: whatever it raises, `sys.exit` included, becomes the cause of a UserCodeError.
 
-    What our own code refuses inside, such as a wrong argument, stays what it is, with the user's line.
+    What our own code refuses inside, such as a wrong argument, stays what it is, with the user's line. It may
+    be entered again and again.
 
     >>> with guest("the loss"):
     ...     1 / 0
     Traceback (most recent call last):
     downslope.errors.UserCodeError: the loss raised ZeroDivisionError: division by zero
     """
-    try:
-        yield
-    except UserCodeError:
-        raise
-    except (Exception, SystemExit) as error:
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None or isinstance(error, UserCodeError) or not isinstance(error, Exception | SystemExit):
+            return
         if isinstance(error, DownslopeError) and _ours(error):
-            raise
+            return
         said = str(error).strip().split("\n")[0]
-        raise UserCodeError(f"{what} raised {type(error).__name__}{': ' + said if said else ''}") from error
+        raise UserCodeError(
+            f"{self.what} raised {type(error).__name__}{': ' + said if said else ''}"
+        ) from error
 
 
 def _ours(error: DownslopeError) -> bool:

@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,10 @@ class Elsewhere:
         self.journal = self
 
     def append(self, kind: str, /, sync: bool = True, **fields: Any) -> int:
+        """Nothing."""
+        return 0
+
+    def extend(self, events: Iterable[tuple[str, Mapping[str, Any]]], sync: bool = True) -> int:
         """Nothing."""
         return 0
 
@@ -128,19 +132,21 @@ class Loop:
             return
         losses = torch.stack([attempt.loss for attempt, _ in attempts]).tolist()
         told = _players(attempts)
+        events: list[tuple[str, dict[str, Any]]] = []
         for (attempt, seconds), loss, moves in zip(attempts, losses, told, strict=True):
             fields: dict[str, Any] = {"step": attempt.step, "loss": loss}
             if attempt.batches > 1:
                 fields["batches"] = attempt.batches
             for note in attempt.told:
-                self.journal.append("spike", sync=False, step=attempt.step, **note)
+                events.append(("spike", {"step": attempt.step, **note}))
             if attempt.skipped:
                 fields |= {"culprit": attempt.culprit} if attempt.culprit else {}
                 named = list(attempt.skipped[:_NAMES])
-                self.journal.append("skip", sync=False, **fields, names=named, count=len(attempt.skipped))
+                events.append(("skip", {**fields, "names": named, "count": len(attempt.skipped)}))
             if attempt.applied or not (attempt.skipped or attempt.told):
                 players = {"players": moves} if moves else {}
-                self.journal.append("step", sync=False, **fields, lr=attempt.lr, **players, seconds=seconds)
+                events.append(("step", {**fields, "lr": attempt.lr, **players, "seconds": seconds}))
+        self.journal.extend(events, sync=False)
         latest = {name: move["loss"] for moves in told for name, move in moves.items()}
         self.show.update(self.state.step, losses[-1], latest)
 

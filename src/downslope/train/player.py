@@ -3,15 +3,13 @@
 The usual task has one player, called "", and its part is the whole model.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from functools import partial
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from downslope.errors import BadInput, DownslopeError, nearest
 from downslope.parallel import Objective, lost
@@ -67,9 +65,9 @@ class Side:
         self.part = model.get_submodule(name)
         self.objective = objective if self.part is model else Objective(model, self.part, objective.ranks)
         own = {id(parameter) for parameter in self.part.parameters()}
-        self._others = [parameter for parameter in model.parameters() if id(parameter) not in own]
+        self._alone = _Still([parameter for parameter in model.parameters() if id(parameter) not in own])
         self._before = f"{name}." if name else ""
-        self._guarded = partial(guest, f"The loss of {name or task.name or 'the task'}")
+        self._guarded = guest(f"The loss of {name or task.name or 'the task'}")
         self.skips = 0
         # Schedules count a player's own updates, each of which takes `every` batches of the data.
         mine = recipe.players.get(name, recipe)
@@ -99,7 +97,7 @@ class Side:
         lr = optimizer.param_groups[0].get("lr")
 
         def closure() -> Tensor:
-            with lost(), self._guarded():
+            with lost(), self._guarded:
                 optimizer.zero_grad()
                 losses = []
                 for place, (piece, share) in enumerate(pieces, 1):
@@ -113,7 +111,7 @@ class Side:
             return total
 
         asked: list[Tensor] = []
-        with lost(), self._alone():
+        with lost(), self._alone:
             try:
                 if optimizer.asks_again:
                     loss = optimizer.step(closure)
@@ -141,16 +139,22 @@ class Side:
                 f"the {which} gave no parameter a gradient: does it depend on {what} trainable parameters?"
             )
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        lent = [parameter for parameter in self._others if parameter.requires_grad]
-        try:
-            for parameter in lent:
-                parameter.requires_grad_(False)
-            yield
-        finally:
-            for parameter in lent:
-                parameter.requires_grad_(True)
+
+class _Still:
+    """Within it, some parameters require no gradient."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.lent: list[nn.Parameter] = []
+
+    def __enter__(self) -> None:
+        self.lent = [parameter for parameter in self.parameters if parameter.requires_grad]
+        for parameter in self.lent:
+            parameter.requires_grad_(False)
+
+    def __exit__(self, *exception: object) -> None:
+        for parameter in self.lent:
+            parameter.requires_grad_(True)
 
 
 def sides(

@@ -27,10 +27,11 @@ from downslope.train import checkpoint
 from downslope.train.checkpoint import Folder
 from downslope.train.culprit import began
 from downslope.train.history import history
-from downslope.train.order import order, steps_per_epoch
+from downslope.train.order import steps_per_epoch
 from downslope.train.plan import Plan
 from downslope.train.player import Move, Side, sides
 from downslope.train.random import Generators, seed_all
+from downslope.train.reader import Reader
 from downslope.train.rescue import Rescue
 from downslope.train.shared import check_shared, key, shares
 from downslope.train.state import Snapshot, TrainState
@@ -120,7 +121,6 @@ class Training:
             )
         self.step, self.batches = 0, 0
         self.finished = False
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
         self._surroundings = Surroundings.seeded(seed, threads)
         with self._inside():
             with guest("The model"):
@@ -129,7 +129,6 @@ class Training:
                 raise BadInput(
                     f"'model' of a task must return a torch.nn.Module, got {type(self.model).__name__}."
                 )
-            self._train: Data = task.train
             self._begin(fresh)
         self.rescue = Rescue(self.model, self.company, self.sides)
         parts: dict[str, Any] = {side.part_name: side.optimizer for side in self.sides}
@@ -141,14 +140,13 @@ class Training:
         strategies = self.recipe.strategies
         for strategy in strategies.values():
             self.model = strategy.shape(self.model)
-        self._device = next(self.model.parameters()).device
-        if isinstance(self.task.train, tuple):
-            self._train = moved(self.task.train, self._device)
+        device = next(self.model.parameters()).device
+        self.reader = Reader(self.task, self.seed, self.recipe.batch_size, device)
         training = Setting(
             model=self.model,
             rates=self.recipe.rates(self.steps_per_epoch, self.steps),
-            batches=self._first_batches,
-            samples=self._all_samples,
+            batches=self.reader.first,
+            samples=self.reader.everything,
             classes=classes(self.task.train),
             better=self.task.higher_is_better,
             seed=self.seed,
@@ -272,7 +270,7 @@ class Training:
         alive()
         task, of = self.task, self.objective.of
         with lost(), guest(f"The loss or metric of {task.name or 'the task'}"):
-            batch = moved(take(data, torch.arange(start, end)), self._device)
+            batch = moved(take(data, torch.arange(start, end)), self.reader.device)
             loss = float(of(task.loss, batch))
             metric = loss if task.metric is task.loss else float(of(task.metric, batch))
         return loss, metric, end - start
@@ -420,32 +418,12 @@ class Training:
         """The pieces of a batch, counted from the training's first, or of this rank's part of it, with what
         they count.
         """
-        epoch, position = divmod(number, self.steps_per_epoch)
-        count = self.recipe.batch_size
-        if self._order[0] != epoch:
-            self._order = (epoch, order(self.samples, self.seed, epoch))
-        indices = self._order[1][position * count : (position + 1) * count]
-        if self.company.changes or isinstance(self._train, tuple) or not self.ranks.together:
-            return list(shares(self.company.parts(self._taken(indices)), self.ranks))
+        reader, ranks = self.reader, self.ranks
+        if self.company.changes or reader.in_memory or not ranks.together:
+            return list(shares(self.company.parts(reader.batch(number)), ranks))
         # Samples that are made one by one are made by the rank that trains on them.
-        return [(self._taken(mine), share) for mine, share in shares(self.company.parts(indices), self.ranks)]
-
-    def _taken(self, indices: Tensor) -> Batch:
-        with guest(f"The data of {self.task.name or 'the task'}"):
-            batch = take(self._train, indices)
-        return batch if self._train is not self.task.train else moved(batch, self._device)
-
-    def _first_batches(self, count: int) -> Iterator[Batch]:
-        """The first batches of the training, in the order of its first pass; no more than that has."""
-        first, items = order(self.samples, self.seed, 0), self.recipe.batch_size
-        for place in range(min(count, self.steps_per_epoch)):
-            yield self._taken(first[place * items : (place + 1) * items])
-
-    def _all_samples(self) -> Iterator[Batch]:
-        """Every sample once, in the order of the data, in batches, the last of which may be shorter."""
-        items = self.recipe.batch_size
-        for start in range(0, self.samples, items):
-            yield self._taken(torch.arange(start, min(start + items, self.samples)))
+        indices = reader.indices(number)
+        return [(reader.taken(mine), share) for mine, share in shares(self.company.parts(indices), ranks)]
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
