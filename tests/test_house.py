@@ -218,7 +218,9 @@ def test_every_import_is_declared_as_a_dependency() -> None:
         "llvmlite",
         "markupsafe",
         "triton",
-    }  # the extra `tasks`; what numba and jinja2 stand on; comes with torch where there is a GPU
+        "lightning",
+        "transformers",
+    }  # extra `tasks`; below numba and jinja2; with torch where there is a GPU; who brings such a trainer
     imported = {
         name.split(".")[0]
         for path in FILES

@@ -40,7 +40,7 @@ from downslope.strategies import STRATEGIES, Strategy
 from downslope.strategies.field import word
 from downslope.strategies.glossary import TOOLS, meaning
 from downslope.tasks import Player, Task, size, task, tasks
-from downslope.train import Batches, Checkpoints, Sampler, Seeded, TrainState, verify_resume
+from downslope.train import Batches, Checkpoints, Sampler, Seeded, TrainState, keep_generators, verify_resume
 
 _OF_PAGES: Mapping[str, tuple[Any, ...]] = {
     "groups": (
@@ -86,7 +86,7 @@ _OF_PAGES: Mapping[str, tuple[Any, ...]] = {
         curvature.escape,
     ),
     "players": (Player,),
-    "state": (TrainState, Checkpoints, verify_resume),
+    "state": (TrainState, Checkpoints, verify_resume, keep_generators),
     "loading": (Sampler, Batches, Seeded),
 }
 _ROOMS = {

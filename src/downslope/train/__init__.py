@@ -11,6 +11,7 @@ from downslope.train.sampler import Sampler
 from downslope.train.seeded import Seeded
 from downslope.train.state import Resumed, Snapshot, TrainState
 from downslope.train.store import Checkpoints
+from downslope.train.trainer import keep_generators
 from downslope.train.training import Attempt, Evaluation, Training
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "TrainState",
     "Training",
     "history",
+    "keep_generators",
     "losses",
     "order",
     "resume",

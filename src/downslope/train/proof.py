@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,9 @@ def verify_resume(
 ) -> Proof:
     """Train `steps` straight, and again with a save, a fresh process and a load half way; compare every bit.
 
-    `target`: a task, or path/to/file.py:function of a loop of your own: the function returns a TrainState and
-    a function that makes one update, or an object with advance(steps), save(folder), load(folder), fields().
+    `target`: a task, or path/to/file.py:function of your own. That returns a TrainState and a function that
+    makes one update; or a transformers.Trainer; or a lightning.Trainer with what its fit takes; or an object
+    with advance(steps), save(folder), load(folder), fields().
     With `nproc`, that many ranks train a task together (`shard`: FSDP2). `timeout`: seconds for a process.
     Raises BadInput for what a fresh process cannot find, DownslopeError if one fails.
 
@@ -99,8 +101,8 @@ def verify_resume(
     with tempfile.TemporaryDirectory() as place:
         folder = str(Path(place, "half"))
         if nproc == 1:
-            with kept():
-                straight = _straight(subject_of(made, entry, recipe, seed), half, steps - half, folder)
+            with kept(), closing(subject_of(made, entry, recipe, seed)) as subject:
+                straight = _straight(subject, half, steps - half, folder)
         else:
             straight = _fresh(Path(place), {**about, "half": half, "folder": folder}, timeout, nproc)
         resumed = _fresh(Path(place), {**about, "folder": folder}, timeout, nproc)
@@ -133,11 +135,11 @@ def _answer(asked: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
     if made is None or isinstance(made, Task):
         made = reopen(entry)
     recipe = Recipe.parse(asked["recipe"]) if asked["recipe"] is not None else None
-    subject = subject_of(made, entry, recipe, asked["seed"], ranks)
-    if "half" in asked:
-        return _straight(subject, asked["half"], asked["steps"], asked["folder"])
-    subject.load(asked["folder"], asked["loaded"])
-    return _course(subject, asked["steps"], {})
+    with closing(subject_of(made, entry, recipe, asked["seed"], ranks)) as subject:
+        if "half" in asked:
+            return _straight(subject, asked["half"], asked["steps"], asked["folder"])
+        subject.load(asked["folder"], asked["loaded"])
+        return _course(subject, asked["steps"], {})
 
 
 def _made(target: Task | str) -> tuple[object, Entry]:
@@ -164,7 +166,7 @@ def _straight(subject: Subject, half: int, rest: int, folder: str) -> dict[str, 
     subject.save(folder)
     found = _course(subject, rest, {})
     moved = [name for name in _unequal(before, found["hidden"]) if name in before]
-    return {**found, "moved": moved, "loaders": list(subject.loaders())}
+    return {**found, "moved": moved, "causes": list(subject.causes())}
 
 
 def _course(subject: Subject, steps: int, losses: dict[str, str]) -> dict[str, Any]:
@@ -237,13 +239,14 @@ def _hint(
             "buffer of the model, add it to the TrainState, or draw from the global generators of torch, "
             "numpy or random."
         )
+    causes: list[tuple[str, str]] = straight["causes"]
+    known = [told for begins, told in causes if begins and differences[0].startswith(begins)]
+    likely = [told for begins, told in causes if not begins]
+    lost = differences[0].endswith(" when loaded") and not differences[0].startswith("generator")
+    if known or (likely and not lost):
+        return (known + likely)[0]
     if differences[0].endswith(" when loaded"):
         return "It is saved, but something else stands there after loading."
-    if straight["loaders"]:
-        return (
-            f"The step function takes its samples from {straight['loaders'][0]}, which knows no place: loop "
-            "over Batches(loader) with a Sampler, and add that to the TrainState."
-        )
     if _differences(resumed, again):
         return (
             "Two processes that go on from the same checkpoint differ too: look for a generator of your own, "

@@ -16,6 +16,7 @@ from downslope.train import hidden
 from downslope.train.checkpoint import Folder
 from downslope.train.plan import about_data
 from downslope.train.state import TrainState
+from downslope.train.trainer import trainer_of
 from downslope.train.training import Attempt, Training
 
 
@@ -37,8 +38,11 @@ class Subject(Protocol):
     def hidden(self) -> Iterator[tuple[str, str]]:
         """(where, value) of what may change while training and is in no checkpoint."""
 
-    def loaders(self) -> Iterator[str]:
-        """Loaders that it uses without keeping their place."""
+    def causes(self) -> Iterator[tuple[str, str]]:
+        """Likely causes: how a difference begins that it explains ("" for any), and what to do about it."""
+
+    def close(self) -> None:
+        """Leave it where it stands."""
 
 
 class OfTask:
@@ -84,9 +88,12 @@ class OfTask:
         for function in (task.model, task.loss, *(player.loss for player in task.players.values())):
             yield from hidden.of_function(function, "the task function")
 
-    def loaders(self) -> Iterator[str]:
+    def causes(self) -> Iterator[tuple[str, str]]:
         """None: a task is dealt its samples."""
         yield from ()
+
+    def close(self) -> None:
+        """Nothing is to be done."""
 
 
 class OfLoop:
@@ -106,7 +113,8 @@ class OfLoop:
             given = [type(one).__name__ for one in made] if isinstance(made, tuple) else type(made).__name__
             raise BadInput(
                 f"{entry.address} must return a Task, a pair of a TrainState and a function that makes one "
-                f"update, or an object with advance, save, load and fields, got {given}."
+                "update, a transformers.Trainer, a lightning.Trainer with what its fit takes, or an object "
+                f"with advance, save, load and fields, got {given}."
             )
 
     def advance(self, steps: int, losses: dict[str, str]) -> None:
@@ -151,10 +159,14 @@ class OfLoop:
         else:
             yield from hidden.of_object(self.made, f"the {type(self.made).__name__}")
 
-    def loaders(self) -> Iterator[str]:
-        """DataLoaders and iterators that the step function took along."""
-        if self.step is not None:
-            yield from hidden.loaders_of(self.step)
+    def causes(self) -> Iterator[tuple[str, str]]:
+        """DataLoaders and iterators that the step function took along without keeping their place."""
+        for loader in hidden.loaders_of(self.step) if self.step is not None else ():
+            told = f"The step function takes its samples from {loader}, which knows no place"
+            yield "", f"{told}: loop over Batches(loader) with a Sampler, and add that to the TrainState."
+
+    def close(self) -> None:
+        """Nothing is to be done."""
 
 
 def subject_of(made: object, entry: Entry, recipe: Recipe | None, seed: int, ranks: Ranks = ALONE) -> Subject:
@@ -163,4 +175,6 @@ def subject_of(made: object, entry: Entry, recipe: Recipe | None, seed: int, ran
         return OfTask(made, recipe, seed, ranks)
     if recipe is not None:
         raise BadInput(f"{entry.address} is a loop of your own, which has no recipe.")
+    if (trainer := trainer_of(made)) is not None:
+        return trainer
     return OfLoop(made, entry)
