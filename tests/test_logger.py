@@ -189,6 +189,11 @@ def test_of_several_players_each_sends_its_own() -> None:
     assert scalars({**event, "players": {}}) == {"train/loss": 2.5, "train/lr": 0.01}
 
 
+def test_what_a_strategy_did_is_a_mark_at_its_step() -> None:
+    event = {"seq": 9, "kind": "strategy", "by": "spikes", "step": 40, "did": "cut", "why": "", "facts": {}}
+    assert scalars(event) == {"spikes/cut": 1.0}
+
+
 def test_events_without_numbers_send_nothing() -> None:
     assert scalars({"seq": 0, "kind": "checkpoint", "step": 3}) == {}
     assert scalars({"seq": 0, "kind": "end", "step": 3, "test": None}) == {}

@@ -102,6 +102,8 @@ def scalars(event: Event) -> dict[str, float]:
         return {f"valid/{name}": float(event[name]) for name in ("loss", "metric")}
     if kind == "skip":
         return {"train/skipped": float(event["count"])}
+    if kind == "strategy":
+        return {f"{event['by']}/{event['did']}": 1.0}
     if kind == "end" and event["test"]:
         return {f"test/{name}": float(event["test"][name]) for name in ("loss", "metric")}
     return {}

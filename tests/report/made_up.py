@@ -3,11 +3,12 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from random import Random
 from types import MappingProxyType
+from typing import Any
 
 from downslope.journal import Journal
 
@@ -222,6 +223,13 @@ class Race:
         return json.dumps(data).encode()
 
 
+TOLD = {
+    step: [{"by": "spikes", "did": "skip", "why": "its loss jumped", "facts": {"loss": 10.0 + step}}]
+    for step in range(40, 80)
+} | {
+    step: [{"by": "restart", "did": "start", "why": "at = 25 %", "facts": {"start": start}}]
+    for start, step in ((2, 200), (3, 300))
+}
 GAME = {"critic": (1, 0.005), "maker": (5, 0.001)}
 
 
@@ -233,9 +241,10 @@ def training(
     steps: int = STEPS,
     players: Mapping[str, tuple[int, float]] = MappingProxyType({}),
     growing: bool = False,
+    told: Mapping[int, Sequence[Mapping[str, Any]]] = MappingProxyType({}),
 ) -> None:
     """A made-up training with two skipped updates; of `players`, each with its cadence and peak rate; by
-    batches that grow.
+    batches that grow; in which strategies `told` this, by step.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.toml").write_text(recipe("adamw", 0.003, f"# {text}\n"), "utf-8")
@@ -258,10 +267,12 @@ def training(
                 for place, (name, (every, peak)) in enumerate(players.items())
                 if step % every == 0
             }
-            told = {"loss": sum(move["loss"] for move in moves.values()), "players": moves} if moves else {}
-            fields = {"loss": loss, "lr": lr, "seconds": 0.011 * step, **told}
+            own = {"loss": sum(move["loss"] for move in moves.values()), "players": moves} if moves else {}
+            fields = {"loss": loss, "lr": lr, "seconds": 0.011 * step, **own}
             if growing and step > 100:
                 fields["batches"] = step // 50
+            for deed in told.get(step, ()):
+                journal.append("strategy", sync=False, step=step, **deed)
             journal.append("step", sync=False, step=step, **fields)
             if step in (60, 61):
                 journal.append("skip", sync=False, step=step, names=["conv.weight" + text])

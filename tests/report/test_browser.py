@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from report.chromium import CHROMIUM, Browser
-from report.made_up import GAME, Race, training
+from report.made_up import GAME, TOLD, Race, training
 from report.test_page import HOSTILE
 
 from downslope.report import report
@@ -62,6 +62,13 @@ def game(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return report(folder)
 
 
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("told")
+    training(folder, told=TOLD)
+    return report(folder)
+
+
 def painted(browser: Browser, selector: str) -> int:
     """How many of these have an area on the screen."""
     every = f"[...document.querySelectorAll({json.dumps(selector)})]"
@@ -70,7 +77,7 @@ def painted(browser: Browser, selector: str) -> int:
 
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [360, 768, 1400])
-@pytest.mark.parametrize("kind", ["race", "one_training", "game"])
+@pytest.mark.parametrize("kind", ["race", "one_training", "game", "told"])
 def test_it_opens_without_a_complaint_a_request_or_a_sideways_scroll(
     browser: Browser, request: pytest.FixtureRequest, kind: str, width: int, dark: bool
 ) -> None:
@@ -161,7 +168,7 @@ def test_every_player_has_a_line_in_losses_and_in_rates_and_a_box_beside_each(
         strokes = {browser.run(colour.format(f"{lines}.k{key}")) for key in (0, 1)}
         assert len(strokes) == 2
         section = f"document.querySelector('[data-panel={panel}]').closest('section')"
-        boxes = f"[...{section}.querySelectorAll('.legend label')]"
+        boxes = f"[...{section}.querySelectorAll('.legend:not(.moments) label')]"
         assert browser.run(f"{boxes}.map(label => label.textContent.trim())") == names
     browser.run("document.querySelector('#schedule [data-key=\"1\"]').click()")
     assert painted(browser, "#schedule .line") == 1
@@ -171,6 +178,47 @@ def test_every_player_has_a_line_in_losses_and_in_rates_and_a_box_beside_each(
     assert painted(browser, "[data-panel=train-steps-log] .k0") == 0
     browser.move(*point(browser, "[data-panel=train-steps-log] path.line.k1:not(.faint)"))
     assert browser.run("document.getElementById('tip').textContent").startswith("maker")
+
+
+def test_what_happened_stands_at_its_step_and_goes_with_its_box(browser: Browser, told: Path) -> None:
+    browser.open(told)
+    panel = "[data-panel=train-steps-log]"
+    boxes = "[...document.querySelectorAll('#curves .moments label')].map(l => l.textContent.trim())"
+    assert browser.run(boxes) == [
+        "[spikes] left the batch out, 40 times",
+        "The guard left the update out, 2 times",
+        "[restart] began anew, 2 times",
+    ]
+    browser.run(f"document.querySelector('{panel}').scrollIntoView({{behavior: 'instant'}})")
+    left, width, top, height = browser.run(
+        f"(b => [b.x, b.width, b.y, b.height])(document.querySelector('{panel} .area').getBoundingClientRect())"
+    )
+    box = "(b => [b.x, b.y, b.height])(document.querySelector('{}').getBoundingClientRect())"
+    x, y, tall = browser.run(box.format(f"{panel} .km2"))
+    last = browser.run(
+        "JSON.parse(document.getElementById('data').textContent).panels['train-steps-log'].x.high"
+    )
+    assert x == pytest.approx(left + width * 200 / last, abs=2)
+    assert (y, tall) == pytest.approx((top, height), abs=2), "one that is rare goes through the panel"
+    _, y, tall = browser.run(box.format(f"{panel} .km0"))
+    assert y + tall == pytest.approx(top + height, abs=2), "many stand at the foot"
+    assert tall < height / 10
+    assert painted(browser, "#curves .panel .km2") == painted(browser, "#schedule .km2") == 1
+    browser.run("document.querySelector('#curves [data-key=m2]').click()")
+    assert painted(browser, "#curves .km2") == 0
+    assert painted(browser, "#schedule .km2") == painted(browser, "#curves .km0") == 1
+
+
+def test_the_table_of_what_happened_is_one_for_a_screen_reader_at_any_width(
+    browser: Browser, told: Path
+) -> None:
+    for width in (390, 1100):
+        browser.open(told, width=width)
+        nodes = browser.call("Accessibility.getFullAXTree")["nodes"]
+        roles = [(node.get("role", {}).get("value"), node.get("name", {}).get("value", "")) for node in nodes]
+        assert [name for role, name in roles if role == "columnheader"] == ["Step", "Times", "What", "Why"]
+        steps = [name for role, name in roles if role == "rowheader"]
+        assert steps == ["40 to 79", "60 to 61", "200 to 300"]
 
 
 def point(browser: Browser, selector: str) -> tuple[float, float]:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from report.made_up import GAME, Race, training
+from report.made_up import GAME, TOLD, Race, training
 
 import downslope as ds
 from downslope.errors import BadInput
@@ -75,6 +75,7 @@ class Seen(HTMLParser):
 
     def __init__(self, html: str) -> None:
         super().__init__()
+        self.html = html
         self.tags: list[str] = []
         self.attributes: list[tuple[str, str, str]] = []
         self.blocks: dict[str, list[str]] = {"script": [], "style": []}
@@ -291,6 +292,62 @@ def test_batches_that_grow_are_drawn(tmp_path: Path) -> None:
     assert not drawn(check(page(tmp_path / "even")), "batches")
 
 
+def rows(seen: Seen) -> list[list[str]]:
+    """The table of what happened."""
+    table = re.search(r'<table class="deeds".*?</table>', seen.html, re.DOTALL)
+    found = re.findall(r"<tr.*?</tr>", table[0], re.DOTALL)[1:] if table else []
+    return [
+        [unescape(cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL)] for row in found
+    ]
+
+
+def test_what_strategies_did_is_told_with_its_reason_and_equal_ones_once(tmp_path: Path) -> None:
+    training(tmp_path, told=TOLD)
+    seen = check(page(tmp_path))
+    assert rows(seen) == [
+        ["40 to 79", "40", "[spikes] left the batch out", "its loss jumped: loss 50 to 89"],
+        ["60 to 61", "2", "The guard left the update out", "a gradient was not finite: in conv.weight"],
+        ["200 to 300", "2", "[restart] began anew", "at = 25 %: start 2 to 3"],
+    ]
+    assert "44 events beside the updates" in seen.text
+
+
+def test_of_a_training_in_which_nothing_happened_there_is_no_table_and_no_mark(tmp_path: Path) -> None:
+    training(tmp_path, steps=50)  # before the updates that are skipped
+    seen = check(page(tmp_path))
+    assert "What happened" not in seen.text
+    assert "Marked" not in seen.text
+    assert not any("mark" in value.split() for _, name, value in seen.attributes if name == "class")
+
+
+def test_hundreds_of_events_that_take_turns_are_few_rows(tmp_path: Path) -> None:
+    def deed(did: str, step: int) -> dict[str, Any]:
+        return {"by": "spikes", "did": did, "why": "its loss jumped", "facts": {"loss": float(step)}}
+
+    turns = {step: [deed(("skip", "cut", "back")[step % 3], step)] for step in range(1, 391)}
+    far = {395: [deed("skip", 395)]}
+    training(tmp_path, told=turns | far)
+    found = rows(check(page(tmp_path)))
+    assert 3 < len(found) <= 40
+    assert sum(int(times) for _, times, *_ in found) == 393  # the guard's two among them
+    training(tmp_path / "many", told={s: [deed(f"did {s}", s)] for s in range(1, 101)})
+    seen = check(page(tmp_path / "many"))
+    assert len(rows(seen)) == 40
+    assert "The first 40 kinds of 101 are shown" in seen.text
+
+
+def test_a_mark_stands_where_its_step_does_in_steps_and_in_seconds(tmp_path: Path) -> None:
+    """Places from the journal alone: the axis ends a hundredth behind the last step, at 0.011 s a step."""
+    training(tmp_path, told=TOLD)
+    paths = re.findall(
+        r'data-panel="(\w+-\w+-\w+)".*?<path class="mark m2 km2" d="(.*?)"', page(tmp_path), re.DOTALL
+    )
+    assert {name for name, _ in paths} >= {"train-steps-log", "train-seconds-linear", "rate-steps-linear"}
+    for _, d in paths:
+        places = [int(place) for place in re.findall(r"M(\d+) 0v1000", d)]
+        assert places == pytest.approx([1000 * step / 404 for step in (200, 300)], abs=1)
+
+
 def test_rates_that_are_one_all_along_are_one_line(tmp_path: Path) -> None:
     training(tmp_path, players={"critic": (1, 0.005), "maker": (1, 0.005), "judge": (1, 0.001)})
     assert set(drawn(check(page(tmp_path)), "rate")) == {"critic and maker", "judge"}
@@ -309,9 +366,11 @@ def test_more_players_than_colours_are_told_and_not_drawn(tmp_path: Path) -> Non
 @pytest.mark.parametrize("kind", ["race", "training", "unfinished"])
 def test_what_a_journal_says_is_text_and_nothing_else(tmp_path: Path, text: str, kind: str) -> None:
     if kind == "training":
-        training(tmp_path, text, players=GAME)
+        deed = {"by": "spikes" + text, "did": text, "why": text, "facts": {text: text}}
+        training(tmp_path, text, players=GAME, told={7: [deed]})
         names = json.loads(check(page(tmp_path)).blocks["script"][0])["series"]
         assert visible(f"critic{text}") in [series["name"] for series in names]
+        assert visible(f"[spikes{text}] {text}")[:290] in check(page(tmp_path)).text
     else:
         Race(tmp_path, text, finished=kind == "race")
     seen = check(page(tmp_path))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from strategies import problem
-from strategies.test_laws import unequal
+from strategies.test_laws import told, unequal
 from torch import Tensor, nn
 
 import downslope as ds
@@ -143,6 +143,8 @@ def test_it_looks_every_so_often_and_not_behind_the_last_update() -> None:
     assert [move["step"] for move in moves(state)] == [4, 8]
     assert [place for place in range(1, 13) if (path[place] != path[place - 1]).any()] == [5, 9]
     assert moves(point_at("25 %")) == moves(point_at(3))
+    said = told(point(st.escape(every=4, by="ball", radius=1e-9), lr=0.0))
+    assert [{"step": note["step"], **note["facts"]} for note in said] == moves(state)
 
 
 def point_at(every: Any) -> Training:

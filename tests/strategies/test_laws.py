@@ -216,14 +216,21 @@ def test_saved_and_loaded_it_goes_on_to_the_bit(make: Make, under: str, runs: Pa
     resumes(problem.residual(), recipe, tmp_path)
 
 
+def told(state: Training, until: int | None = None) -> list[Any]:
+    """What its strategies do on the way, as the journal has it."""
+    found: list[Any] = []
+    state.advance(until, lambda attempt: found.extend(attempt.told))
+    return found
+
+
 def resumes(task: ds.Task, recipe: ds.Recipe, folder: Path) -> Training:
     straight, stopped = (Training(task, recipe, seed=1) for _ in range(2))
-    straight.advance()
-    stopped.advance(HALF)
+    said, first = told(straight), told(stopped, HALF)
     resumed = Training.load(folder / "half", task, recipe, stopped.save(folder / "half"))
     assert not unequal(stopped, resumed)
     assert resumed.evaluate() == stopped.evaluate()
-    resumed.advance()
+    assert json.dumps(said) == json.dumps(first + told(resumed))
+    assert all(note["did"] in STRATEGIES[note["by"]].deeds for note in said)
     assert not unequal(straight, resumed)
     assert resumed.evaluate() == straight.evaluate()
     assert resumed.step == straight.step > HALF

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from strategies import problem
-from strategies.test_laws import unequal
+from strategies.test_laws import told, unequal
 from torch import Tensor, nn
 
 import downslope as ds
@@ -132,6 +132,11 @@ def test_on_a_plateau_it_counts_the_validations_of_each_start() -> None:
     state = point(st.restart(patience=3, starts=4), lr=0)
     found = path(state)
     assert starts(state) == [0, 20, 40, 60]
+    said = told(point(st.restart(patience=3, starts=4), lr=0))
+    assert [(note["step"], note["facts"]["start"]) for note in said] == [(20, 2), (40, 3), (60, 4)]
+    best = [(found[step] ** 2 - 1) ** 2 + 0.3 * found[step] for step in (20, 40, 60)]
+    assert [note["facts"]["best loss before"] for note in said] == pytest.approx(best, rel=1e-12)
+    assert {note["why"] for note in said} == {"validations got no better"}
     assert [i for i in range(1, 91) if found[i] != found[i - 1]] == [21, 41, 61]
 
 

@@ -1,5 +1,6 @@
 """Spikes: corrupt batches, NaNs and a rate that is too high, each answered as the ladder says."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def test_corrupt_batches_are_left_out(corrupt: float) -> None:
     left_out = [attempt for attempt in seen if not attempt.applied]
     bad = {i for i, attempt in enumerate(seen) if not attempt.applied}
     assert len(left_out) >= 4
-    assert all(attempt.told[0]["rung"] == "skip" for attempt in left_out)
+    assert all(attempt.told[0]["did"] == "skip" for attempt in left_out)
     assert guarded.evaluate().loss < 0.05
     assert guarded.step == 200
     assert len(bad) == guarded.batches - 200
@@ -80,7 +81,7 @@ def test_a_rate_that_is_too_high_is_cut_until_it_is_not() -> None:
     with pytest.raises(Diverged, match="gradients of"):
         Training(task(), recipe(lr=lr, steps=400)).advance()
     watched = Training(task(), recipe(st.spikes(window=16, keep=10, calm=10, most=20), lr=lr, steps=400))
-    rungs = [note["rung"] for attempt in attempts(watched) for note in attempt.told]
+    rungs = [note["did"] for attempt in attempts(watched) for note in attempt.told]
     assert "back" in rungs
     assert watched.evaluate().loss < 0.1
     assert watched.company.lives["spikes"].lasting < 1  # type: ignore[attr-defined]
@@ -105,7 +106,7 @@ def test_the_ladder_is_climbed_and_left() -> None:
     jumping = Jumping(40, 42, 44, 100, 160, 162)
     watched = Training(jumping.task(), recipe(st.spikes(window=16, calm=20, keep=10, cut=0.25), steps=200))
     seen = attempts(watched)
-    rungs = {place: attempt.told[0]["rung"] for place, attempt in enumerate(seen) if attempt.told}
+    rungs = {place: attempt.told[0]["did"] for place, attempt in enumerate(seen) if attempt.told}
     assert rungs == {40: "skip", 42: "cut", 44: "back", 100: "skip", 160: "skip", 162: "cut"}
     rates = [attempt.lr for attempt in seen]
     assert rates[41:43] == [0.05, 0.05]
@@ -126,7 +127,7 @@ def test_going_back_restores_the_kept_state_and_not_the_batches() -> None:
 
     def note(attempt: Attempt) -> None:
         weight = watched.model.weight.detach().clone()
-        if attempt.told and attempt.told[0]["rung"] == "back":
+        if attempt.told and attempt.told[0]["did"] == "back":
             gone.append((watched.step, torch.equal(weight, at[watched.step])))
             assert watched.batches == 43
         else:
@@ -156,7 +157,7 @@ def test_stopped_anywhere_on_the_ladder_it_goes_on_to_the_bit(tmp_path: Path, st
 
     asked = recipe(st.spikes(window=8, keep=7, calm=12, most=50), steps=120)
     straight, first = Training(made(), asked), Training(made(), asked)
-    rungs = {note["rung"] for attempt in attempts(straight) for note in attempt.told}
+    rungs = {note["did"] for attempt in attempts(straight) for note in attempt.told}
     assert rungs == {"skip", "cut", "back"}
     first.advance(None, lambda _: first.batches >= stop)
     first.save(tmp_path / "c")
@@ -170,9 +171,11 @@ def test_a_run_journals_what_was_done_and_who_began_it(tmp_path: Path) -> None:
     run = ds.train(
         task(float("nan")), recipe(st.spikes(ladder=("skip", "cut"))), out=tmp_path / "r", quiet=True
     )
-    told = [event for event in run.events if event["kind"] == "spike"]
-    assert {event["why"] for event in told} == {"loss"}
-    assert {event["rung"] for event in told} <= {"skip", "cut"}
+    told = [event for event in run.events if event["kind"] == "strategy"]
+    assert {event["by"] for event in told} == {"spikes"}
+    assert {event["why"] for event in told} == {"its loss was not finite"}
+    assert {event["did"] for event in told} <= {"skip", "cut"}
+    assert all(math.isnan(event["facts"]["loss"]) for event in told)
     assert len(told) >= 4
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from strategies import problem
-from strategies.test_laws import unequal
+from strategies.test_laws import told, unequal
 from torch import nn
 
 import downslope as ds
@@ -208,6 +208,9 @@ def test_on_a_plateau_the_next_update_is_the_last_of_the_old_rule() -> None:
     state = Training(squares(), made)
     found = trail(state)
     assert state.company.lives["switch"].data()["at"] == 2 * 4 + 1
+    (said,) = told(Training(squares(), made))
+    assert (said["step"], said["did"], said["why"]) == (9, "switch", "validations got no better")
+    assert said["facts"] == {"to": "sgd"}
     assert (found[8] == found[0]).all()
     assert (found[9] != found[8]).all()
 
@@ -217,7 +220,7 @@ def test_on_a_plateau_the_next_update_is_the_last_of_the_old_rule() -> None:
 
 @pytest.mark.parametrize(
     ("rate", "returned", "then"),
-    [(3.0, AT + 4, "sgd"), (1e200, AT + 2, "sgd"), (1e308, AT + 1, "rest: adam")],
+    [(3.0, AT + 4, "sgd"), (1e200, AT + 2, "rest: adam"), (1e308, AT + 1, "rest: adam")],
     ids=["a higher loss", "an infinite one", "a skipped update"],
 )
 def test_a_rate_that_is_too_high_goes_back_to_the_bit(rate: float, returned: int, then: str) -> None:
@@ -226,6 +229,8 @@ def test_a_rate_that_is_too_high_goes_back_to_the_bit(rate: float, returned: int
     before = Training(squares(), plain)
     before.advance(AT)
     bad = st.switch(at=AT, to=ds.sgd(lr=rate), match="none", guard=4)
+    said = told(Training(squares(), replace(plain, strategies=[bad])))
+    assert [(note["step"], note["did"]) for note in said] == [(AT, "switch"), (returned, "return")]
     state = Training(squares(), replace(plain, strategies=[bad]))
     state.advance(AT + 2)
     assert state.optimizer.chain.name == then
@@ -266,10 +271,11 @@ def test_a_switch_that_goes_well_stays() -> None:
     [
         {"rewarm": 4, "guard": 5},
         {"to": ds.sgd(lr=5.0), "match": "none", "guard": 4},
+        {"to": ds.sgd(lr=1e18), "match": "none", "guard": 4},
         {"to": ds.momentum(lr=ds.linear(0.1, "100 %")), "at": "swats", "tolerance": 0.5, "guard": 3},
         {"to": ds.sgd(lr=ds.plateau(0.05, patience=1)), "at": "plateau", "patience": 1, "match": "none"},
     ],
-    ids=["size", "back", "swats", "plateau"],
+    ids=["size", "back", "back from no number", "swats", "plateau"],
 )  # fmt: skip
 def test_it_goes_on_to_the_bit_from_every_step(more: dict[str, Any], tmp_path: Path) -> None:
     given = {"at": AT, "to": ds.momentum(lr=0.01), **more}

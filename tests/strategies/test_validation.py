@@ -191,6 +191,10 @@ def test_it_stops_where_a_count_over_the_validations_says(
     assert best < end
     assert equal(copied(run.model), weights[best - 1])
     assert run.valid == seen[best - 1]
+    (said,) = (event for event in run.events if event["kind"] == "strategy")
+    assert (said["by"], said["did"], said["step"]) == ("stop", "stop", OBSERVE * end)
+    value = seen[best - 1].loss if on == "loss" else seen[best - 1].metric
+    assert said["facts"] == {f"best {on}": value, "at update": OBSERVE * best}
 
 
 def test_it_is_done_where_it_stops_and_trains_no_further() -> None:

@@ -252,6 +252,17 @@ class Skip(Record):
 
     step: Count
     names: tuple[Words, ...] = ()
+    culprit: Words = ""
+
+
+class Deed(Record):
+    """What a strategy did after `step` updates, why, and numbers and names that belong to it."""
+
+    step: Count
+    by: Words
+    did: Words
+    why: Words = ""
+    facts: dict[Words, Number | Words] = Field(default_factory=dict)
 
 
 class Evaluation(Record):
@@ -274,6 +285,7 @@ TRAINING: dict[str, type[Record]] = {
     "step": Step,
     "valid": Measured,
     "skip": Skip,
+    "strategy": Deed,
     "failed": Failed,
     "end": TrainingEnd,
 }

@@ -16,6 +16,7 @@ from typing import Any
 
 from downslope.report.axis import Axis, Tick, spanning
 
+RARE = 12  # moments of one kind that are drawn through the whole panel; more of them stand at its foot
 POINTS = 160  # per line: a panel is rarely wider than 800 pixels, and every second pixel is enough
 BOX = 1000
 
@@ -65,6 +66,26 @@ class Series:
 
 
 @dataclass(frozen=True)
+class Moments:
+    """When things of one kind happened: steps, and the seconds of these, NaN where nobody knows."""
+
+    name: str
+    steps: tuple[float, ...]
+    seconds: tuple[float, ...]
+
+    def path(self, against: str, x: Axis, lane: int) -> str:
+        """A stroke at each, as the `d` of an SVG path: through the panel, or in a lane at its foot.
+
+        >>> Moments("left out", (1.0, 3.0), (0.5, math.nan)).path("seconds", Axis(0, 1), 0)
+        'M500 0v1000'
+        """
+        shown = [value for value in getattr(self, against) if math.isfinite(value)]
+        places = sorted({round(BOX * x.place(value)) for value in shown})
+        stroke = f"{BOX - 40 * (lane + 1)}v40" if len(self.steps) > RARE else f"0v{BOX}"
+        return "".join(f"M{place} {stroke}" for place in places)
+
+
+@dataclass(frozen=True)
 class Quantity:
     """What a panel may show; with `flip` its logarithmic form is that of the error, 1 − value."""
 
@@ -96,7 +117,7 @@ class Panel:
     x: Axis
     y: Axis
     paths: list[Path]
-    marks: list[float] = field(default_factory=list)  # places on x of skipped steps
+    marks: list[str] = field(default_factory=list)  # a path for each kind of moments
 
     @property
     def x_ticks(self) -> list[Tick]:
@@ -119,7 +140,7 @@ class Panel:
 
 
 def panels(
-    series: Sequence[Series], quantities: Iterable[Quantity], marks: Sequence[Track] = ()
+    series: Sequence[Series], quantities: Iterable[Quantity], marks: Sequence[Moments] = ()
 ) -> list[Panel]:
     """Every quantity that was measured, against steps and seconds, linear and (if it has one) logarithmic."""
     return [
@@ -132,7 +153,7 @@ def panels(
 
 
 def panel(
-    series: Sequence[Series], quantity: Quantity, against: str, log: bool, marks: Sequence[Track] = ()
+    series: Sequence[Series], quantity: Quantity, against: str, log: bool, marks: Sequence[Moments] = ()
 ) -> Panel:
     """Draw one quantity of all series; linear after all, and saying so, where strong lines are negative."""
     drawn = [
@@ -153,7 +174,7 @@ def panel(
         x=x,
         y=y,
         paths=[Path(i, path(xs, values, x, y, joined=not series[i].dots)) for i, xs, values in drawn],
-        marks=[x.place(v) for track in marks for v in getattr(track, against) if math.isfinite(v)],
+        marks=[kind.path(against, x, lane) for lane, kind in enumerate(marks)],
     )
 
 

@@ -13,7 +13,8 @@ from downslope.folder import read_file
 from downslope.journal import Event
 from downslope.report import events as ev
 from downslope.report.curves import SMOOTH, quantities
-from downslope.report.plot import Quantity, Series, Track, panel, panels
+from downslope.report.deeds import happened, moments, named, table
+from downslope.report.plot import Moments, Quantity, Series, Track, panel, panels
 from downslope.report.text import clip, duration, listing, number, plural, redact
 from downslope.report.view import Curves, Fact, Legend, Metric, Page, Recipe, Schedule
 from downslope.train.history import history
@@ -33,7 +34,7 @@ class Log:
         self.failed = ""
         steps: dict[int, ev.Step] = {}
         valid: dict[int, ev.Measured] = {}
-        skips: dict[int, ev.Skip] = {}
+        told: list[ev.Deed | ev.Skip] = []
         try:
             counting = history(events)
         except (KeyError, TypeError):
@@ -46,15 +47,16 @@ class Log:
                     steps[record.step] = record
                 case ev.Measured():
                     valid[record.step] = record
-                case ev.Skip():
-                    skips[record.step] = record
+                case ev.Skip() | ev.Deed():
+                    told.append(record)
                 case ev.Failed():
                     self.failed = record.reason
                 case ev.TrainingEnd():
                     self.end, self.failed = record, ""
         self.steps = [steps[step] for step in sorted(steps)]
         self.valid = [valid[step] for step in sorted(valid)]
-        self.skips = [skips[step] for step in sorted(skips)]
+        self.skips = [record for record in told if isinstance(record, ev.Skip)]
+        self.deeds = happened(self.steps, told)
         self.players = list(dict.fromkeys(name for step in self.steps for name in step.players))
         percent = "accuracy" in self.start.metric.lower() and all(0 <= v.metric <= 1 for v in self.valid)
         self.metric = Metric(self.start.metric, self.start.higher_is_better, percent)
@@ -81,9 +83,9 @@ class Log:
 def training_page(events: Iterable[Event], folder: Path) -> Page:
     """Everything the page of one training says."""
     log = Log(events, str(folder / "journal.jsonl"))
-    series, skips = _series(log), _skips(log)
+    series, marks = _series(log), moments(log.deeds, log.steps)
     loss, valid, *others = quantities(log.metric)
-    drawn = panels(series, [replace(loss, name=_LOSS[len(log.players) > 0]), valid, *others], skips)
+    drawn = panels(series, [replace(loss, name=_LOSS[len(log.players) > 0]), valid, *others], marks)
     lines = [s for s in series if not s.faint and RATE.key not in s.tracks]
     return Page(
         kind="training",
@@ -97,8 +99,9 @@ def training_page(events: Iterable[Event], folder: Path) -> Page:
         highlights=_highlights(log),
         notes=_notes(log),
         series=series,
-        curves=Curves(_lead(log), drawn, _legend(lines), "every batch") if drawn else None,
-        schedule=_schedule(log, series, skips),
+        curves=Curves(_lead(log), drawn, _legend(lines), "every batch", marks) if drawn else None,
+        schedule=_schedule(log, series, marks),
+        deeds=table(log.deeds, log.last_step),
         recipe=_recipe(log, folder / "recipe.toml"),
     )
 
@@ -123,17 +126,17 @@ def _legend(series: Sequence[Series]) -> list[Legend]:
     return [Legend(s.name, s.hue) for s in series]
 
 
-def _schedule(log: Log, series: Sequence[Series], skips: Sequence[Track]) -> Schedule | None:
+def _schedule(log: Log, series: Sequence[Series], marks: Sequence[Moments]) -> Schedule | None:
     rates = [s for s in series if RATE.key in s.tracks]
     growing = any(BATCHES.key in s.tracks for s in series)
     if not rates and not growing:
         return None
     whose = f" of {rates[0].name}" if log.players and len(rates) == 1 else ""
-    drawn = [panel(series, RATE, "steps", False, skips)] if rates else []
-    drawn += [panel(series, BATCHES, "steps", False, skips)] if growing else []
+    drawn = [panel(series, RATE, "steps", False, marks)] if rates else []
+    drawn += [panel(series, BATCHES, "steps", False, marks)] if growing else []
     legend = _legend(rates) if len(rates) > 1 else []
     also = ", and how many of the data's batches it took" if growing else ""
-    return Schedule(f"The rate that every applied update{whose} used{also}.", drawn, legend)
+    return Schedule(f"The rate that every applied update{whose} used{also}.", drawn, legend, marks)
 
 
 def _lines(log: Log) -> dict[str, list[ev.Step]]:
@@ -191,13 +194,6 @@ def _track(measured: Sequence[ev.Step] | Sequence[ev.Measured], values: Sequence
     return Track(tuple(float(m.step) for m in measured), tuple(m.seconds for m in measured), tuple(values))
 
 
-def _skips(log: Log) -> list[Track]:
-    clock = {s.step: s.seconds for s in log.steps}
-    at = tuple(float(s.step) for s in log.skips)
-    seconds = tuple(clock.get(s.step, math.nan) for s in log.skips)
-    return [Track(at, seconds, at).thinned(POINTS)] if at else []
-
-
 def _headline(log: Log, folder: Path) -> str:
     task = log.start.task or folder.name
     if log.end is None:
@@ -252,13 +248,11 @@ def _notes(log: Log) -> list[str]:
     if not log.skips:
         return []
     names = list(dict.fromkeys(name for skip in log.skips for name in skip.names))
-    culprits = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     many = len(log.skips) > 1
     text = (
         f"{plural(len(log.skips), 'update')} {'were' if many else 'was'} skipped: a gradient was not finite"
     )
-    text += f" (in {culprits})." if culprits else "."
-    return [f"{text} Marks at the foot of the curves show where."]
+    return [text + (f" (in {named(names)})." if names else ".")]
 
 
 def _recipe(log: Log, path: Path) -> Recipe | None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from downslope.report.axis import Axis
-from downslope.report.plot import Panel, Series
+from downslope.report.plot import Moments, Panel, Series
 from downslope.report.text import number
 
 USE = """\
@@ -175,6 +175,7 @@ class Curves:
     panels: list[Panel]
     legend: list[Legend]
     faint: str = ""
+    marks: Sequence[Moments] = ()
 
     @property
     def quantities(self) -> list[tuple[str, str]]:
@@ -235,6 +236,25 @@ class Schedule:
     lead: str
     panels: list[Panel]
     legend: list[Legend] = field(default_factory=list)
+    marks: Sequence[Moments] = ()
+
+
+@dataclass(frozen=True)
+class Deed:
+    """A row of what happened: at which steps, how often, what, and why."""
+
+    steps: str
+    times: int
+    what: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Deeds:
+    """The table of what happened beside the updates."""
+
+    lead: str
+    rows: list[Deed]
 
 
 @dataclass(frozen=True)
@@ -255,6 +275,7 @@ class Page:
     standings: Standings | None = None
     curves: Curves | None = None
     schedule: Schedule | None = None
+    deeds: Deeds | None = None
     rates: Rates | None = None
     lanes: Lanes | None = None
     recipe: Recipe | None = None

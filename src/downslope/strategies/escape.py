@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -42,6 +42,8 @@ class escape(Strategy):
     2, whose t_thres is `every`; here the curvature decides, not its f_thres. Not for: local minima, which
     have no such direction; penalties of the chain, which the loss does not see.
     """
+
+    deeds: ClassVar[Mapping[str, str]] = {"move": "moved the weights off a saddle"}
 
     every: Duration = 100
     batches: int = 8
@@ -118,7 +120,9 @@ class _Escaping(Live):
         else:
             measure.escape(losses, model, evidence, radius=chosen.radius)
         found = {"gradient": evidence.gradient_norm, "curvature": evidence.curvature}
-        self.moves.append({"step": step, **found, "distance": carry(optimizer, before)})
+        found["distance"] = carry(optimizer, before)
+        self.moves.append({"step": step, **found})
+        self.tell(step, "move", "the gradient was small and the least curvature negative", **found)
 
     def _evidence(self, losses: list[measure.Loss]) -> measure.Saddle | None:
         """Of a saddle; None where the curvature is no finite number."""

@@ -26,6 +26,8 @@ class growth(Strategy):
 
     unfair: ClassVar[str] = "its updates see more data than those of the others"
 
+    deeds: ClassVar[Mapping[str, str]] = {"grow": "changed the size of the batch"}
+
     times: float | Schedule
 
     def __post_init__(self) -> None:

@@ -1,17 +1,18 @@
-"""A model and its optimizer as they were, to come back to."""
+"""What a strategy keeps to come back to: a model and its optimizer as they were, or the best weights."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from downslope.optimizer import Optimizer
 from downslope.schedule import Schedule
+from downslope.strategies.strategy import Live
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,33 @@ class Kept:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that numbers differ is what this is for
             optimizer.load_state_dict({**packed, "seen": optimizer.seen})
+
+
+class Keeping(Live):
+    """A live part with which the training ends with the weights that it kept last, if it kept any."""
+
+    reacts: ClassVar[bool] = True
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.kept: dict[str, Tensor] = {}
+
+    def keep(self) -> None:
+        """The weights as they are judged: within `observed` a rule's averaged ones are in place, if any."""
+        self.kept = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+
+    @property
+    def best(self) -> Mapping[str, Tensor] | None:
+        """What was kept."""
+        return self.kept or None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What was kept."""
+        return self.kept
+
+    def load(self, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Keep what was kept then."""
+        self.kept = dict(tensors)
 
 
 def _plain(value: Any) -> Any:

@@ -74,10 +74,12 @@ class Company:
         for live in self.lives.values():
             live.after(applied, names)
 
-    @property
-    def told(self) -> tuple[Mapping[str, Any], ...]:
-        """What all did in the last attempt."""
-        return tuple(note for live in self.lives.values() for note in live.told)
+    def tidings(self) -> tuple[Mapping[str, Any], ...]:
+        """What all did since this was last asked, each with the name of who did it."""
+        told = tuple({"by": name, **note} for name, live in self.lives.items() for note in live.told)
+        for live in self.lives.values() if told else ():
+            live.told = ()
+        return told
 
     @property
     def keeps(self) -> int:

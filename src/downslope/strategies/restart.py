@@ -19,8 +19,8 @@ from downslope.errors import BadInput, nearest, under
 from downslope.inspection import untouched
 from downslope.schedule import KINDS, Schedule, constant, duration, in_steps, term
 from downslope.strategies.escape import seed_at
-from downslope.strategies.kept import Kept
-from downslope.strategies.stop import WATCHED
+from downslope.strategies.kept import Keeping, Kept
+from downslope.strategies.stop import WAITED, WATCHED
 from downslope.strategies.strategy import Live, Setting, Strategy
 
 PLATEAU = "plateau"
@@ -60,6 +60,7 @@ class restart(Strategy):
     on: str = "loss"
 
     unfair: ClassVar[str] = "its starts are chosen by the validations that judge it"
+    deeds: ClassVar[Mapping[str, str]] = {"start": "began anew"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,23 +114,25 @@ class restart(Strategy):
         return EarlyStopping(self.patience, self.min_delta, mode=mode)
 
 
-class _Starting(Live):
-    reacts: ClassVar[bool] = True
-
+class _Starting(Keeping):
     def __init__(self, strategy: restart, training: Setting, length: int | None) -> None:
         assert training.optimizer is not None
+        super().__init__(training.model)
         self.strategy, self.training, self.length = strategy, training, length
         self.optimizer, self.steps = training.optimizer, training.rates["run_steps"] or 0
         self.mode = "max" if strategy.on == "metric" and training.better else "min"
         self.plans = self.optimizer.state_dict()["schedules"]
         self.begun: list[list[Any]] = [[0, None]]  # the first update of each start, and the best it came to
         self.waiting = strategy._waiting(self.mode)
-        self.kept: dict[str, Tensor] = {}
         if length is not None:
             self._anew(0)
 
     def before(self, step: int) -> None:
         if self._due(step):
+            why = WAITED if self.length is None else f"at = {self.strategy.at}"
+            best = self.begun[-1][1]
+            facts = {} if best is None else {f"best {self.strategy.on} before": best}
+            self.tell(step, "start", why, start=len(self.begun) + 1, **facts)
             self.begun.append([step, None])
             self.waiting = self.strategy._waiting(self.mode)
             self._move(step)
@@ -145,13 +148,13 @@ class _Starting(Live):
         return bool(self.waiting.stopped and self.steps - step >= waited)
 
     def _move(self, step: int) -> None:
-        model, seed = self.training.model, seed_at(self.training.seed, step)
+        seed = seed_at(self.training.seed, step)
         if self.strategy.by == "fresh":
             redraw(self.training, seed)
             return
         if self.kept:
-            model.load_state_dict(self.kept)
-        perturb(model, self.strategy.radius, seed=seed)
+            self.model.load_state_dict(self.kept)
+        perturb(self.model, self.strategy.radius, seed=seed)
 
     def _anew(self, step: int) -> None:
         """Empty state, and every schedule from its beginning, over the updates that this start has."""
@@ -162,9 +165,7 @@ class _Starting(Live):
             for plans in self.plans
         ]
         groups = self.optimizer.state_dict()["param_groups"]
-        Kept({"param_groups": groups, "schedules": schedules}, {}).restore(
-            self.training.model, self.optimizer
-        )
+        Kept({"param_groups": groups, "schedules": schedules}, {}).restore(self.model, self.optimizer)
 
     def observed(self, step: int, loss: float, metric: float) -> None:
         value = loss if self.strategy.on == "loss" else metric
@@ -174,25 +175,17 @@ class _Starting(Live):
         best = min if self.mode == "min" else max
         before = [found for _, found in self.begun if found is not None]
         if not before or best(value, *before) != best(before):
-            # The weights that were judged, a rule's averaged ones if it has any: they are in place here.
-            held = self.training.model.state_dict()
-            self.kept = {name: weight.detach().clone() for name, weight in held.items()}
+            self.keep()
         mine = self.begun[-1][1]
         self.begun[-1][1] = value if mine is None else best(value, mine)
-
-    @property
-    def best(self) -> Mapping[str, Tensor] | None:
-        return self.kept or None
-
-    def tensors(self) -> dict[str, Tensor]:
-        return self.kept
 
     def data(self) -> dict[str, Any]:
         return {"begun": [[*one] for one in self.begun], "waiting": asdict(self.waiting)}
 
     def load(self, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        super().load(data, tensors)
         self.begun = [[*one] for one in data["begun"]]
-        self.waiting, self.kept = EarlyStopping.from_state(data["waiting"]), dict(tensors)
+        self.waiting = EarlyStopping.from_state(data["waiting"])
 
 
 def _later(plan: Schedule, share: Fraction, at: int) -> Schedule:

@@ -15,6 +15,7 @@ from downslope.optimizer import Optimizer
 from downslope.strategies.strategy import Live, Setting, Strategy
 
 RUNGS = ("skip", "cut", "back")
+_ASTRAY = "its gradients were not finite"
 _DEVIATION = 1.4826  # a normal distribution's standard deviation in its median absolute deviations
 
 
@@ -31,6 +32,11 @@ class spikes(Strategy):
     """
 
     unfair: ClassVar[str] = "it would forgive a candidate what another is cut for"
+    deeds: ClassVar[Mapping[str, str]] = {
+        "skip": "left the batch out",
+        "cut": "left the batch out and cut the rate for a while",
+        "back": "went back to the state that was kept and cut the rate for good",
+    }
 
     deviations: float = 8.0
     window: int = 64
@@ -88,9 +94,9 @@ class _Ladder(Live):
         self.cutting = 0  # updates for which the rate is still cut
         self.lasting = 1.0
         self.backs = 0
-        self.told: list[dict[str, Any]] = []
-        self._loss = math.nan
-        self._why = "gradient"
+        self._step, self._loss = 0, math.nan
+        self._why = _ASTRAY
+        self._back = False
         self._rates: list[tuple[Any, Any]] = []
 
     @property
@@ -99,7 +105,7 @@ class _Ladder(Live):
 
     @property
     def returns(self) -> bool:
-        return bool(self.told) and self.told[-1]["rung"] == "back"
+        return self._back
 
     @property
     def given_up(self) -> str:
@@ -108,12 +114,15 @@ class _Ladder(Live):
         return f"it went back {self.strategy.most} times, and its loss jumped again"
 
     def admits(self, loss: float) -> bool:
-        self._loss, self._why = loss, "gradient"
-        if not math.isfinite(loss) or loss > self._limit():
-            self._why = "loss"
-        return self._why != "loss"
+        self._loss, self._why = loss, _ASTRAY
+        if not math.isfinite(loss):
+            self._why = "its loss was not finite"
+        elif loss > self._limit():
+            self._why = "its loss jumped"
+        return self._why == _ASTRAY
 
     def before(self, step: int) -> None:
+        self._step = step
         factor = self.lasting * (self.strategy.cut if self.cutting else 1.0)
         self._rates = []
         if factor != 1.0:
@@ -127,7 +136,7 @@ class _Ladder(Live):
         for group, (own, cut) in zip(groups, self._rates, strict=False):
             if group["lr"] == cut:  # else its schedule has written the next one
                 group["lr"] = own
-        self.told = []
+        self._back = False
         if applied:
             self.losses = [*self.losses, self._loss][-self.strategy.window :]
             self.quiet += 1
@@ -135,7 +144,7 @@ class _Ladder(Live):
             if self.quiet >= self.strategy.calm:
                 self.rung = -1
         else:
-            self._climb(names)
+            self._climb()
 
     def tensors(self) -> dict[str, Tensor]:
         return {}
@@ -156,14 +165,16 @@ class _Ladder(Live):
         spread = median(abs(loss - middle) for loss in self.losses)
         return middle + self.strategy.deviations * _DEVIATION * max(spread, 1e-3 * abs(middle))
 
-    def _climb(self, names: Sequence[str]) -> None:
+    def _climb(self) -> None:
         ladder = self.strategy.ladder
         self.rung, self.quiet = min(self.rung + 1, len(ladder) - 1), 0
-        rung = ladder[self.rung]
+        rung, facts = ladder[self.rung], {"loss": self._loss}
         if rung == "cut":
             self.cutting = self.strategy.calm
         elif rung == "back":
             self.backs += 1
             self.lasting *= self.strategy.cut
-        about = {"names": list(names)[:20]} if names else {}
-        self.told = [{"why": self._why, "loss": self._loss, "rung": rung, **about}]
+            self._back = True
+        if rung != "skip":
+            facts["rate"] = self.lasting * (self.strategy.cut if rung == "cut" else 1.0)
+        self.tell(self._step, rung, self._why, **facts)

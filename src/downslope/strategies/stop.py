@@ -11,9 +11,11 @@ from torch import Tensor
 from downslope.augment import EarlyStopping
 from downslope.errors import BadInput, nearest
 from downslope.schedule import Duration, in_steps
+from downslope.strategies.kept import Keeping
 from downslope.strategies.strategy import Live, Setting, Strategy
 
 WATCHED = ("loss", "metric")
+WAITED = "validations got no better"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,7 @@ class stop(Strategy):
     warmup: Duration = 0
 
     unfair: ClassVar[str] = "it ends a training early, by the validations that judge it"
+    deeds: ClassVar[Mapping[str, str]] = {"stop": "ended the training"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,12 +60,10 @@ class stop(Strategy):
         return EarlyStopping(self.patience, self.min_delta, self.relative, mode, warmup)
 
 
-class _Stopping(Live):
-    reacts: ClassVar[bool] = True
-
+class _Stopping(Keeping):
     def __init__(self, strategy: stop, stopping: EarlyStopping, training: Setting) -> None:
-        self.strategy, self.stopping, self.training = strategy, stopping, training
-        self.kept: dict[str, Tensor] = {}
+        super().__init__(training.model)
+        self.strategy, self.stopping = strategy, stopping
 
     @property
     def stopped(self) -> bool:
@@ -71,20 +72,15 @@ class _Stopping(Live):
     def observed(self, step: int, loss: float, metric: float) -> None:
         self.stopping.update(loss if self.strategy.on == "loss" else metric, step)
         if self.stopping.improved and self.strategy.restore:
-            # The weights that were judged: `observed` is called where they are in place.
-            held = self.training.model.state_dict()
-            self.kept = {name: value.detach().clone() for name, value in held.items()}
-
-    @property
-    def best(self) -> Mapping[str, Tensor] | None:
-        return self.kept or None
-
-    def tensors(self) -> dict[str, Tensor]:
-        return self.kept
+            self.keep()
+        if self.stopped:
+            best, at = self.stopping.best, self.stopping.best_step
+            facts = {} if best is None or at is None else {f"best {self.strategy.on}": best, "at update": at}
+            self.tell(step, "stop", WAITED, **facts)
 
     def data(self) -> dict[str, Any]:
         return asdict(self.stopping)
 
     def load(self, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        super().load(data, tensors)
         self.stopping = EarlyStopping.from_state(data)
-        self.kept = dict(tensors)

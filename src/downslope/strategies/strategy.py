@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import MISSING, dataclass, field, fields
+from types import MappingProxyType
 from typing import Any, ClassVar, Self, get_type_hints
 
 from torch import Tensor, nn
@@ -60,7 +61,13 @@ class Live:
     """Whether it looks at every loss before the update is made."""
 
     told: Sequence[Mapping[str, Any]] = ()
-    """What it did in the last attempt, as plain data for the journal."""
+    """What it did since it was last asked, as plain data for the journal: see `tell`."""
+
+    def tell(self, step: int, did: str, why: str, **facts: float | str) -> None:
+        """Let the journal, and the page drawn from it, say what was done after `step` updates: one of the
+        strategy's `deeds`, for what reason, and numbers and names that belong to it.
+        """
+        self.told = [*self.told, {"step": step, "did": did, "why": why, "facts": facts}]
 
     @property
     def stopped(self) -> bool:
@@ -139,6 +146,9 @@ class Strategy:
 
     unfair: ClassVar[str] = ""
     """Why a race, which trains everybody equally long, cannot judge it; empty if it can."""
+
+    deeds: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """What its live part may `tell` that it did: the journal's words, each with what a page says for it."""
 
     def __post_init__(self) -> None:
         """Check every field against its declared type. One that overrides this calls it first."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean, stdev
 from typing import Any, ClassVar
@@ -18,10 +18,13 @@ from downslope.rules import Chain
 from downslope.schedule import Duration, Schedule, duration, in_steps
 from downslope.strategies.chain import carried, numbers_of, parsed, staged, tables
 from downslope.strategies.kept import Kept
+from downslope.strategies.stop import WAITED
 from downslope.strategies.strategy import Batch, Live, Loss, Setting, Strategy
 
 MATCHES = ("size", "swats", "none")
-TRIGGERS = ("plateau", "swats")
+TRIGGERS = {"plateau": WAITED, "swats": "the projected rate settled"}
+"""When to switch, if not at a step, and what then happened."""
+
 SWATS = {"sgd": "", "momentum": "momentum", "nesterov": "momentum"}
 """Rules whose rate SWATS estimates, with the number by which a steady gradient adds up to 1/(1 - μ)."""
 
@@ -41,6 +44,10 @@ class switch(Strategy):
     """
 
     unfair: ClassVar[str] = "its cooldown branches follow the first rule's rate"
+    deeds: ClassVar[Mapping[str, str]] = {
+        "switch": "went over to another rule",
+        "return": "went back to the first rule",
+    }
 
     at: Any = "50 %"
     to: Any = field(default_factory=lambda: [{"part": "momentum"}])
@@ -151,13 +158,15 @@ class _Switching(Live):
         self.plateau.update(loss, step)
 
     def before(self, step: int) -> None:
-        if self.kept and self.pieces and not math.isfinite(self._loss()):
-            self._return(step)
         self.pieces = []
         if self._last(step) or (self.at == step and self.strategy.match == "size"):
             self.weights = {p: p.detach().clone() for p in self._parameters()}
             state = self.optimizer.state.items()
             self.first = {p: {name: v.clone() for name, v in slots.items()} for p, slots in state}
+
+    def after(self, applied: bool, names: Sequence[str]) -> None:
+        if self.kept and (names or (self.pieces and not math.isfinite(self._loss()))):
+            self._return(self.optimizer.steps, "its loss or gradients were not finite")
 
     def applied(self, step: int) -> None:
         if self.guard and self.returned is None:
@@ -221,6 +230,8 @@ class _Switching(Live):
 
     def _switch(self, step: int) -> None:
         self.at, self.size = step, self._moved()
+        why = TRIGGERS.get(self.strategy.at, f"at = {self.strategy.at}")
+        self.tell(step, "switch", why, to=self.strategy.to.name)
         if self.guard:
             self.kept = Kept.of(self.model, self.optimizer)
         chain = self._chain()
@@ -250,12 +261,14 @@ class _Switching(Live):
     def _judge(self, step: int) -> None:
         before, after = self.losses[: -self.guard], self.losses[-self.guard :]
         noise = stdev(before) if len(before) > 1 else 0.0
-        if not fmean(after) <= fmean(before) + self.strategy.rise * noise:
-            self._return(step)
+        means = {"before": fmean(before), "after": fmean(after)}
+        if not means["after"] <= means["before"] + self.strategy.rise * noise:
+            self._return(step, "the mean loss rose", **means)
         self.kept, self.losses = None, []
 
-    def _return(self, step: int) -> None:
+    def _return(self, step: int, why: str, **facts: float) -> None:
         assert self.kept is not None
+        self.tell(step, "return", why, **facts, to=self.chain.name)
         self.optimizer.become(self.chain)
         self.kept.restore(self.model, self.optimizer)
         self.returned, self.kept, self.losses = step, None, []

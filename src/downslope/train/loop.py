@@ -137,8 +137,6 @@ class Loop:
             fields: dict[str, Any] = {"step": attempt.step, "loss": loss}
             if attempt.batches > 1:
                 fields["batches"] = attempt.batches
-            for note in attempt.told:
-                events.append(("spike", {"step": attempt.step, **note}))
             if attempt.skipped:
                 fields |= {"culprit": attempt.culprit} if attempt.culprit else {}
                 named = list(attempt.skipped[:_NAMES])
@@ -146,6 +144,7 @@ class Loop:
             if attempt.applied or not (attempt.skipped or attempt.told):
                 players = {"players": moves} if moves else {}
                 events.append(("step", {**fields, "lr": attempt.lr, **players, "seconds": seconds}))
+            events += [("strategy", dict(note)) for note in attempt.told]
         self.journal.extend(events, sync=False)
         latest = {name: move["loss"] for moves in told for name, move in moves.items()}
         self.show.update(self.state.step, losses[-1], latest)

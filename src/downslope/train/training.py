@@ -379,7 +379,7 @@ class Training:
         skipped = tuple(name for move in moves.values() for name in move.skipped)
         applied = any(move.applied for move in moves.values())
         self.company.after(applied, skipped)
-        attempt = Attempt(step, loss, first.lr, skipped, moves, count, self.company.told)
+        attempt = Attempt(step, loss, first.lr, skipped, moves, count)
         if not applied:
             attempt = attempt._replace(culprit=self._culprit(moves, pieces))
             self.step = self.rescue.step(step)
@@ -388,7 +388,7 @@ class Training:
             self.company.applied(self.step)
             if self._observation_due():
                 self._observe()
-        return attempt
+        return attempt._replace(told=self.company.tidings())
 
     def _culprit(self, moves: Mapping[str, Move], pieces: list[tuple[Batch, float]]) -> str:
         """What made a loss or its gradients not finite, of the first update in a row, on a single rank."""
