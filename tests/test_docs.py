@@ -1,5 +1,6 @@
 """What README and docs show is run as it is written."""
 
+import inspect
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from downslope.cli import run
+from downslope.description import TOOLBOX
 from downslope.errors import BadInput
 from downslope.recipe import Recipe
 from downslope.strategies import STRATEGIES
@@ -16,6 +18,14 @@ from downslope.tasks import load, size
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+NOT_FOR = re.compile(r"(^|[.;:)] )Not (for:?|beside) \S")
+TOOLS = {name: tool for name, (tool, _) in TOOLBOX.items()}
+
+
+def says_not_for(prose: str) -> bool:
+    return NOT_FOR.search(" ".join(prose.split())) is not None
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
@@ -50,8 +60,13 @@ def test_every_strategy_has_a_section_with_its_table() -> None:
     assert list(sections) == list(STRATEGIES)
     for name, text in sections.items():
         assert f"\n[{name}]\n" in text
-        assert "Not " in text
+        assert says_not_for(BLOCK.sub("", text)), name
         assert "](#" + name + ")" in page
+
+
+@pytest.mark.parametrize(("name", "thing"), [*TOOLS.items(), *STRATEGIES.items()])
+def test_every_tool_and_strategy_says_what_it_is_not_for(name: str, thing: object) -> None:
+    assert says_not_for((inspect.getdoc(thing) or "").split(">>>")[0]), name
 
 
 def test_the_wrong_key_of_the_recipe_page_is_refused_as_written() -> None:

@@ -75,6 +75,8 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor, *, count: float | Tensor
 def soft_targets(targets: Tensor, classes: int, smoothing: float = 0.0) -> Tensor:
     """Whole-number targets [...] as probabilities [..., classes], smoothed as in `smoothed_cross_entropy`.
 
+    Not for: very many classes, all of which it writes out and `smoothed_cross_entropy` does not.
+
     >>> soft_targets(torch.tensor([1]), classes=2, smoothing=0.5)
     tensor([[0.2500, 0.7500]])
     """
@@ -378,7 +380,7 @@ def set_dropout(
 
     Call it with a schedule's value at each step or epoch; under torch.compile each new rate compiles anew.
     `types` that hold a rate: DROPOUTS, nn.MultiheadAttention, recurrent layers. BadInput where the model has
-    none of them.
+    none of them. Not for: dropout that a forward calls as a function, with a rate of its own.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
     >>> with set_dropout(model, 0.1) as dropout:
@@ -434,7 +436,7 @@ class EarlyStopping:
     An improvement is below the best (`mode` "min") or above ("max") by more than `min_delta`, absolute, or a
     share of |best| if `relative`. Before step `warmup` nothing is counted against a training, but the best is
     kept. NaN and infinities improve nothing, and count. It only decides: keep and restore the best weights
-    where `improved` is True. Not on the data that is reported in the end.
+    where `improved` is True. Not for: the data that is reported in the end.
 
     >>> stopping = EarlyStopping(patience=2)
     >>> [stopping.update(loss, step) for step, loss in enumerate([3.0, 2.0, 2.5, 2.1])], stopping.best_step

@@ -181,7 +181,8 @@ def polynomial_average(eta: float = 3.0, start: Duration = 0, every: Duration = 
     """Polynomial-decay averaging: at any time about the last 1/(eta + 1) of all samples; eta = 0 is their
     mean.
 
-    Source: Shamir and Zhang, arXiv:1212.1824, section 4.
+    Source: Shamir and Zhang, arXiv:1212.1824, section 4. Not for: a rate that ends at 0, after which there is
+    little to average.
 
     >>> polynomial_average(eta=3).weight(1)  # 4/5
     0.8
@@ -245,7 +246,8 @@ class Average:
     `averaging`: ema(...), swa(...), tail(...) or polynomial_average(...). `buffers`: "copy", "average" or
     "recompute", see BUFFERS. `dtype`: the least precision it is kept in; `device`: where, if not beside the
     weights. Weights are known by name, without what DDP, FSDP2 or torch.compile put into it; what needs no
-    gradient is not averaged, and what begins to need one joins at the next sample, as its first.
+    gradient is not averaged, and what begins to need one joins at the next sample, as its first. Not for:
+    rules that average by themselves, such as schedule_free and asgd.
 
     >>> model = nn.Linear(1, 1, bias=False)
     >>> average = Average(model, swa())

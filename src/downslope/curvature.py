@@ -246,7 +246,7 @@ def eigenvalues(
     """Extreme eigenvalues of a loss's Hessian, by `lanczos` from a start drawn from `seed`.
 
     The largest is the sharpness: gradient descent is stable below lr = 2 / largest. In float32 the ends are
-    good to about 1e-6 of the largest.
+    good to about 1e-6 of the largest. Not for: a loss that draws anew in each call, as with dropout.
 
     >>> x = torch.tensor([0.0, 0.0], requires_grad=True)
     >>> ends = eigenvalues(lambda: x[0] ** 2 - x[1] ** 2, [x])
@@ -442,9 +442,9 @@ def scale_rate(
 
     like="sgd": lr·κ, κ = to / batch (Goyal et al. 2017, arXiv:1706.02677). like="adam": lr·√κ, with 1 − β
     scaled by κ and eps by 1/√κ if they are given (Malladi et al. 2022, arXiv:2205.10287). Both hold only
-    while noise outweighs the gradient: up to the `critical` batch size (see `noise_scale`), where the best
-    rate of sgd is already half of what the line through small batches says (arXiv:1812.06162, section 2.2).
-    adam's betas also end it where 1 − β would pass 1.
+    while noise outweighs the gradient. Not for: batches beyond the `critical` size (see `noise_scale`), where
+    the best rate of sgd is already half of what the line says (arXiv:1812.06162, section 2.2); adam's betas
+    end the range where 1 − β would pass 1.
 
     >>> scale_rate(0.1, batch=32, to=128, critical=100).lr, scale_rate(1e-3, batch=32, to=128, like="adam").lr
     (0.4, 0.002)
@@ -517,8 +517,8 @@ def saddle(
 
     Both limits are in the loss's own units, per unit of weight and per its square (ε and √(ρε) of
     Jin et al. 2017, arXiv:1703.00887). The eigenvalue comes from `lanczos`, at most `steps` products, and is
-    not asked for where the gradient is large. One batch's saddle may be noise: give the losses of many, which
-    take the memory of one.
+    not asked for where the gradient is large. Not for: one batch, whose saddle may be noise; give the losses
+    of many, which take the memory of one.
     """
     hessian = _hessian(loss, parameters)
     norm = float(hessian.gradient.norm())
@@ -540,7 +540,8 @@ def perturb(parameters: Parameters, radius: float, *, seed: int) -> None:
     """Add to the parameters, in place, a vector drawn evenly from a ball (arXiv:1703.00887, algorithm 1).
 
     For perturbed gradient descent: where the gradient is small and no perturbation was added of late. The
-    draw depends on `seed` alone, so give it another each time; no global generator is touched.
+    draw depends on `seed` alone, so give it another each time; no global generator is touched. Not for: every
+    step.
     """
     space = _Space(parameters)
     direction = space.random(seed)
@@ -564,6 +565,7 @@ def escape(
 
     The step has length `radius`, halved until the loss falls; it falls by about |curvature|·radius²/2.
     Nothing moves, bit for bit, where `evidence` (from `saddle`) found none, or no length lowers the loss.
+    Not for: local minima, which no direction leaves.
 
     >>> x = torch.tensor([0.0, 0.0], requires_grad=True)
     >>> def loss(): return x[0] ** 2 - x[1] ** 2

@@ -164,7 +164,8 @@ def groups(model: nn.Module) -> Groups:
 
     A weight shared by an embedding and an output layer is an embedding, whichever comes first. The head is
     the weight of the linear layer that the model names last, outside attention and repeated blocks, unless it
-    is the only matrix. Raises BadInput for a lazy parameter.
+    is the only matrix. Raises BadInput for a lazy parameter. Not for: layers of your own whose parameters
+    are something else than their number of dimensions says.
 
     >>> print(groups(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))))
     role    parameter  shape  tied to
@@ -249,6 +250,8 @@ def discriminative(model: nn.Module, multipliers: Mapping[str, float]) -> dict[s
     """Rate multipliers by parameter name, from multipliers by pattern; the first that takes it counts, and 1
     where none does. BadInput for patterns that take nothing.
 
+    Not for: holding a layer still, whose gradient and state a rate of 0 goes on computing: see `freeze`.
+
     >>> discriminative(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 1, bias=False)), {"bias": 2, "0": 0.1})
     {'0.weight': 0.1, '0.bias': 2.0, '1.weight': 1.0}
     """
@@ -262,6 +265,8 @@ def discriminative(model: nn.Module, multipliers: Mapping[str, float]) -> dict[s
 
 def no_decay(*roles: str) -> dict[str, dict[str, float]]:
     """A weight decay of 0 for these roles, or those in UNDECAYED: as `roles` of `param_groups` or a Recipe.
+
+    Not for: links whose numbers have other names, such as l1 and l2.
 
     >>> no_decay("norm", "bias")
     {'norm': {'weight_decay': 0.0}, 'bias': {'weight_decay': 0.0}}
@@ -282,7 +287,8 @@ def param_groups(
     in `rates` and the numbers of its role.
 
     A role that `roles` does not name is "rest". A schedule is scaled, so that groups keep their ratio at
-    every update; of torch's schedulers OneCycleLR does not.
+    every update; of torch's schedulers OneCycleLR does not. Not for: optimizers of one group, as torch's
+    LBFGS.
 
     >>> model = nn.Linear(4, 3)
     >>> made = param_groups(model, 0.1, {"weight": 0.5}, no_decay("bias"))
@@ -310,7 +316,8 @@ def freeze(model: nn.Module, plan: Mapping[str, Duration], **rates: int | None) 
     """What is frozen until when, from a plan: patterns, each with its first update as a duration, or "never".
 
     The first pattern that takes a parameter counts; BadInput for those that take nothing. `run_steps`,
-    `steps_per_epoch`, `batch_size`: what units such as "3 epochs" need.
+    `steps_per_epoch`, `batch_size`: what units such as "3 epochs" need. Not for: a model that is wrapped by
+    DDP or FSDP2, which decide once what is trained.
 
     >>> freeze(nn.Linear(4, 3), {"bias": "never", "weight": "2 epochs"}, steps_per_epoch=50).until
     {'weight': 100, 'bias': None}
@@ -344,6 +351,8 @@ def roster(
 ) -> str:
     """Who is where, as a table: role, name, shape, numbers; group, live rate and decay in an optimizer; rate
     multiplier; the update from which it is trained.
+
+    Not for: programs, for which `groups` has the same as data.
 
     >>> print(roster(nn.Linear(4, 3), rates={"weight": 0.5}))
     role    parameter  shape  numbers  rate ×

@@ -75,7 +75,7 @@ def compare(model: nn.Module, batch: Any, *, call: Call = feed) -> Gaps:
     The model runs twice without gradients, all else in evaluation mode, and is left as it was. A large
     `output` early in training is natural; at its end it says that evaluation sees another network than
     training: batches too small, a momentum too slow, or weights that were averaged. BadInput without
-    BatchNorm.
+    BatchNorm. Not for: a batch of few items, whose statistics are noise.
     """
     layers = _layers(model)
     seen: dict[bool, list[Tensor]] = {True: [], False: []}
@@ -176,6 +176,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, call: Call = feed) 
     training mode: dropout is off, as where the statistics will be used (torch's update_bn leaves it on, and
     weights batches alike). Modes, generators, gradients and what `freeze` holds stay, and everything if it
     raises. BadInput without batches, or for one value per channel. All ranks must see the same batches.
+    Not for: batches of the validation or test part, which would judge what was made from them.
     """
     layers = [
         layer for layer in _layers(model).values() if layer.running_mean is not None and not _hold(layer)
@@ -207,7 +208,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, call: Call = feed) 
 @contextmanager
 def recalibrated(model: nn.Module, batches: Iterable[Any], *, call: Call = feed) -> Iterator[nn.Module]:
     """Inside, running statistics are those over `batches` (see `recalibrate`); after it, also if it raises,
-    the live ones are back, bit for bit. To evaluate averaged weights in the middle of a training.
+    the live ones are back, bit for bit. To evaluate averaged weights in the middle of a training. Not for:
+    every step, since it takes a pass over `batches`.
     """
     live = [(buffer, buffer.clone()) for layer in _layers(model).values() for buffer in layer.buffers(False)]
     try:
@@ -245,7 +247,8 @@ def freeze(model: nn.Module, *, affine: bool = False) -> tuple[str, ...]:
     """Freeze the running statistics of every BatchNorm layer, also through a later `model.train()`.
 
     The layers normalise by running statistics until `unfreeze(model)`. affine: their weight and bias need no
-    gradient either. For fine-tuning on small batches or other data. Returns the layers' names.
+    gradient either. For fine-tuning on small batches or other data. Returns the layers' names. Not for: a
+    fresh model, whose running statistics are no data's.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     >>> freeze(model), model.train()(torch.randn(8, 2)).shape, model[1].running_mean.tolist()
@@ -264,7 +267,8 @@ def freeze(model: nn.Module, *, affine: bool = False) -> tuple[str, ...]:
 def unfreeze(model: nn.Module) -> tuple[str, ...]:
     """Undo `freeze`: layers follow `model.train()` again, and affine weights are trained if they were before.
 
-    Returns the names of the layers that were frozen.
+    Returns the names of the layers that were frozen. Not for: layers that `eval()` holds, which `freeze` did
+    not.
     """
     released = []
     for name, layer in model.named_modules():
@@ -328,7 +332,8 @@ def to_ghost(model: nn.Module, size: int = 32) -> nn.Module:
     """A copy of the model with every BatchNorm layer as a ghost BatchNorm (see `GhostBatchNorm1d`).
 
     Names, weights and running statistics are carried over; both models load each other's state. BadInput,
-    by name, for layers that are frozen or no plain BatchNorm1d, 2d or 3d.
+    by name, for layers that are frozen or no plain BatchNorm1d, 2d or 3d. Not for: small batches, for which
+    `to_group` is.
     """
     return _converted(
         model,
@@ -348,8 +353,8 @@ def to_group(model: nn.Module, groups: int | None = None) -> nn.Module:
 
     The number of groups is the largest divisor of the channels that is not above `groups`, or leaves 16
     channels a group if `groups` is None, and never leaves one channel alone (on vectors that gives 0). Affine
-    weights keep names and values; running statistics are dropped, so the model must be trained on. For
-    batches below about 16 items. BadInput, by name, as for `to_ghost`.
+    weights keep names and values; running statistics are dropped. For batches below about 16 items.
+    Not for: a model that is not trained on, whose outputs change. BadInput, by name, as for `to_ghost`.
 
     >>> [to_group(nn.Sequential(nn.BatchNorm2d(c)))[0].num_groups for c in (7, 8, 64, 96)]
     [1, 1, 4, 6]

@@ -190,3 +190,14 @@ def test_a_task_that_raises_is_the_users_fault_and_is_told_before_anything_is_pl
         broken.race("broken")
     assert "little.py" in str(caught.value.__cause__)
     assert not broken.events("broken")
+
+
+def test_what_we_refuse_inside_the_users_loss_stays_bad_input_with_their_line(field):
+    refused = field()
+    wrong = "return ds.smoothed_cross_entropy(model(batch[0]), batch[1], smoothing=2)"
+    text = refused.file.read_text()
+    assert text.count("return cross_entropy(model, batch)") == 1
+    refused.file.write_text(text.replace("return cross_entropy(model, batch)", wrong))
+    with pytest.raises(BadInput, match=r"^little\.py:\d+: .*smoothing"):
+        refused.race("refused")
+    assert not refused.events("refused")

@@ -190,17 +190,15 @@ def test_what_happened_stands_at_its_step_and_goes_with_its_box(browser: Browser
         "[restart] began anew, 2 times",
     ]
     browser.run(f"document.querySelector('{panel}').scrollIntoView({{behavior: 'instant'}})")
-    left, width, top, height = browser.run(
-        f"(b => [b.x, b.width, b.y, b.height])(document.querySelector('{panel} .area').getBoundingClientRect())"
-    )
-    box = "(b => [b.x, b.y, b.height])(document.querySelector('{}').getBoundingClientRect())"
-    x, y, tall = browser.run(box.format(f"{panel} .km2"))
+    box = "(b => [b.x, b.width, b.y, b.height])(document.querySelector('{}').getBoundingClientRect())"
+    left, width, top, height = browser.run(box.format(f"{panel} .area"))
+    x, _, y, tall = browser.run(box.format(f"{panel} .km2"))
     last = browser.run(
         "JSON.parse(document.getElementById('data').textContent).panels['train-steps-log'].x.high"
     )
     assert x == pytest.approx(left + width * 200 / last, abs=2)
     assert (y, tall) == pytest.approx((top, height), abs=2), "one that is rare goes through the panel"
-    _, y, tall = browser.run(box.format(f"{panel} .km0"))
+    _, _, y, tall = browser.run(box.format(f"{panel} .km0"))
     assert y + tall == pytest.approx(top + height, abs=2), "many stand at the foot"
     assert tall < height / 10
     assert painted(browser, "#curves .panel .km2") == painted(browser, "#schedule .km2") == 1

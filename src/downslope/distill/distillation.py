@@ -152,7 +152,8 @@ def distill(
     `layers` {student's: teacher's} (or names that both have) are those of methods on features; with `sample`
     inputs both models run once, without a trace, to find where "hints" needs regressors. `student` may be
     None where no layers are named; `teacher` None takes the student's own deeper layers. `hard(output,
-    targets)` replaces the cross entropy as a mean over positions. BadInput for what cannot combine.
+    targets)` replaces the cross entropy as a mean over positions. BadInput for what cannot combine. Not for:
+    a teacher trained with label smoothing (arXiv:1906.02629).
 
     >>> student, teacher = nn.Linear(4, 3), nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 3))
     >>> loss = distill(student, teacher, temperature=2.0, alpha=0.9)

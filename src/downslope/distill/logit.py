@@ -135,7 +135,8 @@ def mutual(
 
     `peers` are the logits of one batch. Each learns from `targets` and, with share `alpha`, from the mean KL
     to the others, which are detached: no gradient of one loss reaches another's model, so the losses may be
-    added, or each stepped by its own optimizer. alpha 0.5 and T 1 are half of the paper's sum.
+    added, or each stepped by its own optimizer. alpha 0.5 and T 1 are half of the paper's sum. Not for: a
+    student whose teacher is trained already, which `distill` uses at the cost of one training.
     """
     if len(peers) < 2:
         raise BadInput(f"Peers that learn from each other are at least two, got {len(peers)}.")
@@ -164,7 +165,8 @@ def exits(
     """The loss of a model with early exits whose last one teaches the others (arXiv:1905.08094, section 3).
 
     `outputs` are the logits of the exits, the deepest last: it learns from `targets` alone, and each other
-    one with share `alpha` from the deepest, detached. Their sum; the paper's term on features is `hints`.
+    one with share `alpha` from the deepest, detached. Their sum; the paper's term on features is `hints`. Not
+    for: regression, whose outputs are no logits.
     """
     if len(outputs) < 2:
         raise BadInput(f"A model that teaches itself has at least two exits, got {len(outputs)}.")

@@ -25,7 +25,7 @@ class Teacher:
     and no flag of a parameter changes; so student and teacher may share layers, or be one. It is not an
     nn.Module: kept as an attribute of one, it enters neither state dict nor optimizer. `batchnorm` is "eval"
     (running statistics, the default), "train" (those of the batch; the running ones stay as they are) or
-    "update" (the running ones follow too).
+    "update" (the running ones follow too). Not for: one that learns beside its student: see `mutual`.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.9))
     >>> teacher = Teacher(model)
@@ -91,8 +91,8 @@ class Teachers:
     """Several teachers by name, as one: the weighted average of their probabilities, or of their logits.
 
     `weights` (default: equal) are numbers from 0, made to sum to 1, and may be changed between calls.
-    Averaged logits are the geometric mean of probabilities: what one teacher excludes is excluded. For
-    methods on logits; features of several models have no average.
+    Averaged logits are the geometric mean of probabilities: what one teacher excludes is excluded. Not
+    for: methods on features, of which several models have no average.
     """
 
     def __init__(

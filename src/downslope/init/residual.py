@@ -50,7 +50,8 @@ def zero_residual(model: nn.Module, layers: Iterable[str] | None = None) -> Zero
     and by torch.fx where a branch is added to its own input, or to a shorter branch of one input, as where a
     block changes its width; or name their last layers in `layers`. Fixup's other rules (scaled weights inside
     branches, scalar biases) are not applied: they are for networks without norms. BadInput for a name that is
-    no such layer. What follows a zero layer has no gradient before it in the first step.
+    no such layer. What follows a zero layer has no gradient before it in the first step. Not for: pretrained
+    weights.
     """
     tied = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     ends: dict[str, None] = {}

@@ -50,8 +50,8 @@ def lsuv(
     the weight of each linear and convolution layer is divided by the deviation of its outputs until their
     variance is within `tolerance` of 1. BatchNorm uses the batch, dropout is off; modes, buffers and the
     generators are left as they were, but for the draw of `start`. Layers that share a weight, are
-    parametrised, or give constants are not scaled; those that are not called have no row. Not after
-    `zero_residual`: that comes last.
+    parametrised, or give constants are not scaled; those that are not called have no row. Not for:
+    pretrained weights, nor after `zero_residual`, which comes last.
     """
     if start is not None:
         initialise(model, start, follows="linear", generator=generator)
@@ -157,7 +157,7 @@ def check(
     twice or less than half the gain of the activation that follows it, at which the signal has grown or
     shrunk tenfold since the first, or whose outputs are constant or not finite; and a first one whose input
     is not of about unit size. BatchNorm uses the batch, dropout is off; modes, buffers, generators and
-    gradients are left as they were. For a fresh model: a trained one may be off by right.
+    gradients are left as they were. Not for: a trained model, which may be off by right.
     """
     calls: list[_Heard] = []
 

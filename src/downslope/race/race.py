@@ -115,6 +115,8 @@ class Course:
                     f"A worker that only tried the task was lost: {answer.reason}."
                 ) from trace
         if answer["kind"] == "failed":
+            if not answer["trace"]:  # our own refusal, which says where it was asked for
+                raise BadInput(answer["reason"])
             raise UserCodeError(answer["reason"]) from Remote(answer["trace"])
         if timed:
             self.say("pace", seconds_per_step=answer["pace"], workers=self.pool.size)

@@ -85,7 +85,9 @@ def attend(channel: Channel) -> None:
 
 
 def _blame(error: BaseException) -> dict[str, str]:
-    """Why it failed; the standings quote the reason, so that no secret may stand in it."""
+    """Why it failed, and the traceback, empty for bad input; no secret may stand in a reason, which the
+    standings quote.
+    """
     from downslope.tasks import frames
 
     if isinstance(error, UserCodeError):

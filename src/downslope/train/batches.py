@@ -30,6 +30,7 @@ class Batches:
     cost, one that has a state_dict of its own by that; any other at the start of the epoch, of which it
     warns. A loop that was left early goes on with the next batch; `epoch` moves on at the end of a pass. A
     state that is loaded inside the loop takes effect with the next batch. Raises BatchLost.
+    Not for: a loader that something else reads too, whose batches it would not count.
 
     >>> from torch.utils.data import DataLoader
     >>> from downslope.train.sampler import Sampler

@@ -80,7 +80,8 @@ def verify_resume(
     makes one update; or a transformers.Trainer; or a lightning.Trainer with what its fit takes; or an object
     with advance(steps), save(folder), load(folder), fields().
     With `nproc`, that many ranks train a task together (`shard`: FSDP2). `timeout`: seconds for a process.
-    Raises BadInput for what a fresh process cannot find, DownslopeError if one fails.
+    Raises BadInput for what a fresh process cannot find, DownslopeError if one fails. Not for: a whole
+    training, of which some steps show as much.
 
     In a test: `assert downslope.verify_resume("train.py:make_run")`.
     """

@@ -53,7 +53,8 @@ class Sampler(torch.utils.data.Sampler[list[int]]):
     is a smaller batch (`drop_last=False`); data smaller than a batch is one batch. `data` names the data, for
     instance by a hash: on resume another name is refused, as another number of samples is. An iteration goes
     on where the last one stopped, and moves on to the next epoch at its end. Used without `Batches`, its
-    place is that of the last batch handed to the loader, which workers fetch ahead of the training.
+    place is that of the last batch handed to the loader, which workers fetch ahead of the training. Not for:
+    data without a length, such as an IterableDataset.
 
     >>> sampler = Sampler(10, batch_size=4, seed=1)
     >>> [len(batch) for batch in sampler], sampler.epoch

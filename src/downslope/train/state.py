@@ -61,7 +61,8 @@ class TrainState:
 
     `generators`: whether the global ones of python, numpy and torch belong to it. State is matched by names
     of parts and parameters, whatever the order in which they were made or added. The checkpoint's numbers
-    win over the program's, and what differs is told. Raises BadInput for a part that has no state.
+    win over the program's, and what differs is told. Raises BadInput for a part that has no state. Not for:
+    publishing a model, for which its weights are enough.
 
     >>> model = nn.Linear(2, 1)
     >>> state = TrainState(model, torch.optim.AdamW(model.parameters()))

@@ -130,7 +130,8 @@ class Checkpoints:
 
     A `save` survives kill -9 at any instant after it; with `background` it only copies the state, and the
     rest survives from the next `save`, `settle` or `close` on. `load` goes on from the newest that is as it
-    was saved. BadInput if the folder is being written, or holds something else.
+    was saved. BadInput if the folder is being written, or holds something else. Not for: keeping the best,
+    since older ones go.
 
     >>> import tempfile
     >>> from torch import nn
