@@ -1,15 +1,20 @@
 """Pieces of a batch, mixing, smoothing: as a loop of one's own does them."""
 
+import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as drawn
 from strategies import problem
 from torch import Tensor, nn
 
 import downslope as ds
 from downslope import strategies as st
+from downslope.errors import BadInput
+from downslope.strategies.data import _Pieces
 from downslope.train import Diverged, Training, order
 
 STEPS, ITEMS = 12, problem.ITEMS
@@ -38,7 +43,7 @@ def same_bits(one: Training, other: Training) -> bool:
 
 @pytest.mark.parametrize("items", [1, 3, 7, 16, 100])
 def test_pieces_add_up_to_the_batch_and_clip_decay_and_step_count_once(items: int) -> None:
-    """Against torch's own loop on whole batches; 16 in pieces of 7 leave 2, of 3 leave 1."""
+    """Against torch's own loop on whole batches; 16 in pieces of 7 are 6, 5 and 5."""
     task = problem.plain()
     chain = ds.chain(ds.clip_norm(0.1), ds.adamw(lr=0.01, weight_decay=0.1))
     state = after(task, st.micro(items=items), chain=chain)
@@ -76,7 +81,7 @@ def test_rules_that_ask_for_the_gradient_again_get_it_in_pieces(chain: Any) -> N
 
 def test_a_piece_that_is_not_finite_skips_the_whole_update() -> None:
     def loss(model: nn.Module, batch: Any) -> Tensor:
-        bad = model.training and len(batch[0]) == 2  # the last piece of 16 in sevens
+        bad = model.training and len(batch[0]) == 6  # the first piece of 16 in sevens
         return ds.cross_entropy(model, batch) * (torch.nan if bad else 1.0)
 
     state = Training(problem.plain(loss=loss, metric=ds.accuracy), problem.recipe(st.micro(items=7)), seed=1)
@@ -85,6 +90,46 @@ def test_a_piece_that_is_not_finite_skips_the_whole_update() -> None:
         state.advance()
     assert (state.step, state.batches) == (0, 20)
     assert all(torch.equal(value, before[name]) for name, value in state.model.state_dict().items())
+
+
+@settings(max_examples=200, deadline=None)
+@given(drawn.integers(1, 300), drawn.integers(1, 300))
+def test_pieces_are_as_few_as_may_be_of_nearly_one_size_and_in_order(count: int, items: int) -> None:
+    pieces = list(_Pieces(items).parts((torch.arange(count), torch.arange(count))))
+    sizes = [len(piece[0]) for piece, _ in pieces]
+    assert sizes == [len(part) for part in torch.arange(count).tensor_split(math.ceil(count / items))]
+    assert max(sizes) <= items
+    assert [share * count for _, share in pieces] == pytest.approx(sizes, rel=1e-12)
+    assert torch.cat([piece[1] for piece, _ in pieces]).tolist() == list(range(count))
+
+
+def test_a_piece_of_which_batchnorm_has_no_variance_is_refused_before_the_training() -> None:
+    """17 items in pieces of 16 were 16 and 1; of 2 they leave 1 whatever is done."""
+    seventeen = problem.recipe(st.micro(items=16), batch_size=17)
+    state = Training(problem.residual(), seventeen, seed=1)
+    state.advance(2)
+    for items, size in ((1, 16), (2, 17)):
+        with pytest.raises(BadInput, match=rf"^\[micro\] items = {items} leaves a piece of one item"):
+            Training(problem.residual(), problem.recipe(st.micro(items=items), batch_size=size))
+    group = [st.normalisation(to="group"), st.micro(items=1)]
+    Training(problem.residual(), problem.recipe(*group)).advance(1)
+
+
+class Pixels(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm2d(1), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(x).flatten(1))
+
+
+def test_a_single_picture_has_a_variance_and_the_look_leaves_no_trace() -> None:
+    task = problem.residual(model=Pixels)
+    state, fresh = (Training(task, problem.recipe(*chosen), seed=1) for chosen in ([st.micro(items=1)], []))
+    assert same_bits(state, fresh)
+    assert state.fields()["generator torch"] == fresh.fields()["generator torch"]
+    state.advance(2)
 
 
 # Mixing and smoothing

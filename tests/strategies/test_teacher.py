@@ -90,7 +90,7 @@ def followed(
     for step, batch in enumerate(rows.split(ITEMS)[:STEPS]):
         optimizer.zero_grad()
         total = 0.0
-        for part in batch.split(pieces):
+        for part in batch.tensor_split(-(-ITEMS // pieces)):
             own = loss(student, x[part], y[part], step) * len(part) / ITEMS
             own.backward()
             total += float(own.detach())

@@ -110,8 +110,8 @@ def test_trap_39_the_last_piece_of_a_window_counts_by_its_items() -> None:
     state = Training(given, replace(given.recipe, strategies=[strategies.micro(items=5)]))
     batch = (torch.arange(32.0), torch.arange(32))
     pieces = list(state.company.parts(batch))
-    assert [len(piece[0]) for piece, _ in pieces] == [5] * 6 + [2]
-    assert [share for _, share in pieces] == [5 / 32] * 6 + [2 / 32]
+    assert [len(piece[0]) for piece, _ in pieces] == [5] * 4 + [4] * 3
+    assert [share for _, share in pieces] == [5 / 32] * 4 + [4 / 32] * 3
     assert torch.equal(torch.cat([piece[1] for piece, _ in pieces]), batch[1])
 
 

@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from downslope.augment import Mix, soft_targets
 from downslope.errors import BadInput, under
+from downslope.inspection import untouched
 from downslope.strategies.strategy import Batch, Live, Setting, Strategy
 
 
@@ -106,11 +109,12 @@ class _Changed(Live):
 
 @dataclass(frozen=True, kw_only=True)
 class micro(Strategy):
-    """Take the gradient of a batch in pieces of `items`, which add up to that of the whole batch.
+    """Take the gradient of a batch in pieces of at most `items`, which add up to that of the whole batch.
 
-    Each piece counts by its share of the items, the last, shorter one too, and clip, decay and step come once
-    a batch: but for BatchNorm, which sees pieces, and random numbers, nothing changes except memory. Not for:
-    losses that compare items of a batch with each other; means over tokens some of which do not count.
+    They are as few as may be, of nearly one size. Each counts by its share of the items, and clip, decay and
+    step come once a batch: but for BatchNorm, which sees pieces, and random numbers, nothing changes except
+    memory. Not for: losses that compare items of a batch with each other; means over tokens some of which do
+    not count; pieces of one item where BatchNorm finds one value per channel, which is refused.
     """
 
     items: int
@@ -123,7 +127,26 @@ class micro(Strategy):
 
     def begin(self, training: Setting) -> Live:
         """The pieces of every batch."""
-        return _Pieces(self.items)
+        pieces = _Pieces(self.items)
+        if any(isinstance(module, _BatchNorm) for module in training.model.modules()):
+            for batch in training.batches(1):
+                *_, (least, _) = pieces.parts(batch)
+                if length(least) == 1:
+                    self._try(least, training)
+        return pieces
+
+    def _try(self, piece: Batch, training: Setting) -> None:
+        """BadInput where BatchNorm cannot do with a piece, as it says in training only."""
+        with untouched(training.model), torch.no_grad():
+            training.model.train()
+            try:
+                training.loss(training.model, piece)
+            except Exception as error:  # whatever else it raises, it does in the training, as the task's own
+                if "more than 1 value per channel" in str(error):
+                    raise BadInput(
+                        f"[micro] items = {self.items} leaves a piece of one item, of which the model's "
+                        "BatchNorm cannot take a variance: take more items, or [normalisation]."
+                    ) from None
 
 
 class _Pieces(Live):
@@ -132,9 +155,13 @@ class _Pieces(Live):
 
     def parts(self, batch: Batch) -> Iterator[tuple[Batch, float]]:
         count = length(batch)
-        for start in range(0, count, self.items):
-            piece = sliced(batch, slice(start, start + self.items))
-            yield piece, min(self.items, count - start) / count
+        number = -(-count // self.items)
+        size, longer = divmod(count, number)
+        start = 0
+        for place in range(number):
+            end = start + size + (place < longer)
+            yield sliced(batch, slice(start, end)), (end - start) / count
+            start = end
 
 
 def length(batch: Batch) -> int:

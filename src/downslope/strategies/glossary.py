@@ -40,7 +40,7 @@ MEANINGS: Mapping[str, Mapping[str, str]] = {
         "per_item": "every item draws for itself",
     },
     "smoothing": {"share": "share of the targets that is spread over all classes"},
-    "micro": {"items": "items of a piece of the batch; the last may be smaller"},
+    "micro": {"items": "items of a piece of the batch, at most"},
     "spikes": {
         "deviations": "of the last losses, by which one is above their median that is a spike",
         "window": "updates whose losses are remembered; half of them are seen before any is a spike",
