@@ -19,7 +19,7 @@ from downslope import strategies as st
 from downslope.errors import BadInput
 from downslope.race.candidates import brought
 from downslope.strategies.escape import seed_at
-from downslope.strategies.restart import redraw
+from downslope.strategies.restart import check_fresh, redraw
 from downslope.train import Training
 
 # A function with a bad local minimum
@@ -269,6 +269,11 @@ def test_weights_are_drawn_as_torchs_constructors_draw_them(name: str) -> None:
     assert all(torch.equal(value, now[key]) for key, value in model.state_dict().items())
     redraw(setting(model), 8)
     assert any(not torch.equal(value, now[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ds.tasks())
+def test_every_task_of_the_catalogue_can_begin_anew(name: str) -> None:
+    check_fresh(ds.task(name).model())
 
 
 def test_what_is_frozen_keeps_its_bits() -> None:

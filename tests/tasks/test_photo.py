@@ -114,3 +114,18 @@ def test_the_network_of_sines_fills_gaps_better_than_cubic_interpolation() -> No
     theirs = ((told - true.numpy()) ** 2).mean(axis=1)[inside].mean()
     assert theirs == pytest.approx(0.0019, abs=1e-4), "as docs/tasks.md says"
     assert ours[inside].mean() < theirs
+
+
+def test_centres_are_drawn_anew_as_a_fresh_model_draws_them() -> None:
+    points = torch.randn(500, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(7)
+        model, second = Centres(points, 4), Centres(points, 4)
+        first = model.centres.detach().clone()
+        torch.manual_seed(7)
+        model.reset_parameters()
+        assert torch.equal(model.centres, first)
+        model.reset_parameters()
+    assert torch.equal(model.centres, second.centres)
+    assert not torch.equal(first, second.centres)
+    assert model.state_dict().keys() == {"centres"}

@@ -77,15 +77,22 @@ class Centres(nn.Module):
 
     def __init__(self, points: Tensor, k: int) -> None:
         super().__init__()
-        drawn = points[torch.randint(len(points), (16384,))]
+        self.points = points
+        self.centres = nn.Parameter(points.new_empty(k, points.shape[1]))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw a start anew, as `[restart]` does: which minimum k-means ends in depends on it."""
+        drawn = self.points[torch.randint(len(self.points), (16384,))]
         chosen, distance = [drawn[0]], _squared_distance(drawn, drawn[:1])[:, 0]
-        while len(chosen) < k:
+        while len(chosen) < len(self.centres):
             candidates = drawn[torch.multinomial(distance, 4)]
             left = _squared_distance(drawn, candidates).minimum(distance[:, None])
             best = left.sum(dim=0).argmin()
             chosen.append(candidates[best])
             distance = left[:, best]
-        self.centres = nn.Parameter(torch.stack(chosen))
+        self.centres.copy_(torch.stack(chosen))
 
     def forward(self, points: Tensor) -> Tensor:
         """Squared distances."""
