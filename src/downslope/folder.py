@@ -89,7 +89,7 @@ def write_file(path: str | os.PathLike[str], data: bytes) -> None:
     beside = _beside(path)
     with disk(f"write {path}"):
         try:
-            _write_new(beside, data)
+            write_new(beside, data)
             os.rename(beside, path)
         except BaseException:
             with suppress(OSError):
@@ -104,6 +104,16 @@ def write_folder(path: str | os.PathLike[str], files: Iterable[tuple[str, Pieces
     Written one after another as they are asked for, so that what vouches for the rest comes last. BadInput if
     it is there already or the disk refuses.
     """
+    with new_folder(path) as beside:
+        for name, pieces in files:
+            write_new(beside / check_name(name), pieces)
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Within it, an empty folder to fill by `write_new`, which then becomes `path`, durably; if anything is
+    raised, nothing is left of it. BadInput if `path` is there already or the disk refuses.
+    """
     path = Path(path)
     beside = _beside(path)
     with disk(f"write {path}"):
@@ -111,8 +121,7 @@ def write_folder(path: str | os.PathLike[str], files: Iterable[tuple[str, Pieces
             raise BadInput(f"cannot write {path}: it is there already.")
         try:
             os.mkdir(beside, 0o700)
-            for name, pieces in files:
-                _write_new(beside / check_name(name), pieces)
+            yield beside
             sync_folder(beside)
             os.rename(beside, path)
         except BaseException:
@@ -265,7 +274,10 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{token_hex(8)}.tmp")
 
 
-def _write_new(path: Path, pieces: Pieces) -> None:
+def write_new(path: Path, pieces: Pieces) -> None:
+    """Write a file that is not there yet, and force it to disk; its name is durable only after `sync_folder`.
+    OSError if the disk refuses.
+    """
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         for piece in [pieces] if isinstance(pieces, bytes) else pieces:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -113,20 +113,18 @@ class Ranks:
         """What rank 0 decides, as plain JSON data; if that is BadInput, every rank raises it."""
         if not self.together:
             return decide()
-        found: dict[str, Any] = {}
-        raised: BaseException | None = None
-        if self.leads:
-            try:
-                found = {"said": decide()}
-            except BaseException as error:
-                raised, found = error, {"refused": str(error), "bad": isinstance(error, BadInput)}
-        found = json.loads(self._spread(json.dumps(found).encode()))
-        if raised is not None:
-            raise raised
-        if "refused" in found:
-            raise (BadInput if found["bad"] else Lost)(found["refused"])
-        said: T = found["said"]
-        return said
+        mine = _tried(decide) if self.leads else _Outcome()
+        return cast("T", mine.of(self._spread(mine.text)))
+
+    def each(self, act: Callable[[], T]) -> list[T]:
+        """What every rank makes, as plain JSON data, in their order; `act` talks to no other rank. If it is
+        BadInput on any, every rank raises it.
+        """
+        if not self.together:
+            return [act()]
+        mine = _tried(act)
+        texts = self._gathered(mine.text)
+        return [mine.of(text, f"rank {rank}: ") for rank, text in enumerate(texts)]
 
     def check_same(self, what: str, text: str) -> None:
         """BadInput, on every rank, unless all have the same text, which is an ASCII one such as a hash."""
@@ -141,6 +139,17 @@ class Ranks:
         """Wait for all."""
         self.most(0)
 
+    def _gathered(self, data: bytes) -> list[bytes]:
+        """What every rank has, of any lengths."""
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
+        with lost():
+            dist.all_gather(sizes, torch.tensor([len(data)]), group=self.control)
+            most = max(map(int, sizes))
+            held = [torch.zeros(most, dtype=torch.uint8) for _ in sizes]
+            mine = torch.frombuffer(bytearray(data.ljust(most)), dtype=torch.uint8)
+            dist.all_gather(held, mine, group=self.control)
+        return [table.numpy().tobytes()[: int(size)] for table, size in zip(held, sizes, strict=True)]
+
     def _spread(self, data: bytes) -> bytes:
         """What rank 0 has, of any length."""
         size = torch.tensor([len(data)])
@@ -151,6 +160,31 @@ class Ranks:
                 held.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
             dist.broadcast(held, 0, group=self.control)
         return held.numpy().tobytes()
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What came of something that a rank did, as JSON `text` for all, and what it raised."""
+
+    text: bytes = b""
+    raised: BaseException | None = None
+
+    def of(self, text: bytes, who: str = "") -> Any:
+        """The value that a text, this rank's or another's, stands for. Its own error comes first."""
+        if self.raised is not None:
+            raise self.raised
+        found = json.loads(text)
+        if "refused" in found:
+            raise (BadInput if found["bad"] else Lost)(f"{who}{found['refused']}")
+        return found["said"]
+
+
+def _tried(act: Callable[[], Any]) -> _Outcome:
+    try:
+        return _Outcome(json.dumps({"said": act()}).encode())
+    except BaseException as error:  # whatever it is, the others must not wait for this rank
+        refused = {"refused": str(error), "bad": isinstance(error, BadInput)}
+        return _Outcome(json.dumps(refused).encode(), error)
 
 
 ALONE = Ranks()
