@@ -12,7 +12,7 @@ from torch import Tensor
 
 from downslope.errors import BadInput
 from downslope.foreign import check_group, is_foreign, steps_of, translate_group, translate_state
-from downslope.kernels.collective import Share, is_shared, local
+from downslope.kernels.collective import Parted, Share, is_shared, local
 from downslope.rules import Chain
 from downslope.rules.shape import shape_of_slot
 from downslope.schedule import Schedule
@@ -150,9 +150,13 @@ class _Checkpoint:
         raw = self.state.get(key)
         if not raw:
             return {}
-        entry = translate_state(chain, raw) if self.foreign else dict(raw)
+        entry = (
+            translate_state(chain, {slot: _read(value) for slot, value in raw.items()})
+            if self.foreign
+            else dict(raw)
+        )
         for name, (_, slot) in chain.slots.items():
-            if slot.per == "tensor" and name in entry:
+            if slot.per == "tensor" and name in entry and not isinstance(entry[name], Parted):
                 entry[name] = torch.as_tensor(entry[name], dtype=torch.float64, device="cpu")
         return entry
 
@@ -272,7 +276,7 @@ def _misfit(match: _Match, chain: Chain, entry: Mapping[str, Any]) -> str | None
         return f"the checkpoint has {given} for {of}; {chain.name}: {wanted}"
     for name, (_, slot) in chain.slots.items() if entry else ():
         value, needed = entry[name], shape_of_slot(slot, shape)
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor | Parted):
             return f"{name} of {of} is {type(value).__name__}, not a tensor"
         if tuple(value.shape) != needed:
             why = "" if needed == shape else f", which needs {needed}"
@@ -296,17 +300,25 @@ def _copied(parameter: Tensor, chain: Chain, entry: Mapping[str, Any]) -> dict[s
     """An entry in memory of its own, where the parameter has its slots; the precision stays."""
     copied = {"t": torch.tensor(int(entry["t"]), dtype=torch.int64, device="cpu")}
     for name, (_, slot) in chain.slots.items():
-        value = entry[name].detach()
+        value = entry[name] if isinstance(entry[name], Parted) else entry[name].detach()
         if slot.per != "element":
+            value = _read(value)
             device = value.device if slot.per == "tensor" else parameter.device
             copied[name] = value.to(device, copy=True, memory_format=torch.contiguous_format)
             continue
         copied[name] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
         if is_shared(parameter) and not is_shared(value):
             local(copied[name]).copy_(Share(name, parameter).part(value))
+        elif isinstance(value, Parted):
+            value.copy(copied[name])
         else:
             copied[name].copy_(value)
     return copied
+
+
+def _read(value: Any) -> Any:
+    """What lies in pieces, whole."""
+    return value.part() if isinstance(value, Parted) else value
 
 
 def _restore_groups(

@@ -195,12 +195,7 @@ def found(name: str, ranks: Ranks | None, folder: Path) -> dict[str, Any]:
 
     state.advance(STEPS // 2, seen)
     half = folder / f"{name}-{ranks.world if ranks else 1}-{ranks.shard if ranks else False}"
-    if ranks is None or ranks.leads:
-        sha = state.save(half)
-    else:
-        state.gather()
-    if ranks:
-        sha = ranks.told(lambda: sha)
+    sha = state.save(half)
     fields = state.fields()
     state.advance(None, seen)
     seen_last = state.evaluate("valid")

@@ -5,8 +5,9 @@ Every rank of a mesh must call what talks to the others, in the same order; an o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -14,6 +15,53 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from downslope.errors import BadInput
+
+Box: TypeAlias = tuple[slice, ...]
+"""Part of a tensor: from where to where along each dimension."""
+
+
+class Parted:
+    """A tensor of which each piece was saved by another rank: where it starts, and its numbers. They lie in
+    files, and only what is asked for is read. ValueError unless the pieces are as large as the whole.
+
+    >>> saved = Parted((3, 1), [((0, 0), torch.zeros(2, 1)), ((2, 0), torch.ones(1, 1))])
+    >>> saved.part((slice(1, 3), slice(0, 1))).tolist()
+    [[0.0], [1.0]]
+    """
+
+    def __init__(self, shape: Sequence[int], pieces: Sequence[tuple[Sequence[int], Tensor]]) -> None:
+        self.shape, self.dtype = torch.Size(shape), pieces[0][1].dtype
+        self._whole = tuple(slice(0, n) for n in shape)
+        self._pieces: list[tuple[Box, Tensor]] = []
+        for start, piece in pieces:
+            box = tuple(slice(a, a + n) for a, n in zip(start, piece.shape, strict=True))
+            if piece.dtype != self.dtype or any(
+                side.stop > n for side, n in zip(box, self.shape, strict=True)
+            ):
+                raise ValueError(f"a piece {box} of {piece.dtype} in a tensor {list(shape)} of {self.dtype}")
+            self._pieces.append((box, piece))
+        if sum(piece.numel() for _, piece in self._pieces) != math.prod(self.shape):
+            raise ValueError(f"the pieces of a tensor {list(shape)} are not all there")
+
+    def part(self, box: Box | None = None) -> Tensor:
+        """The numbers in a box, or all: those of the file where one has them, else put together."""
+        box = self._whole if box is None else box
+        for theirs, piece in self._pieces:
+            if all(a.start <= b.start and b.stop <= a.stop for a, b in zip(theirs, box, strict=True)):
+                return piece[_within(box, theirs)]
+        made = torch.empty([side.stop - side.start for side in box], dtype=self.dtype)
+        self.copy(made, box)
+        return made
+
+    def copy(self, into: Tensor, box: Box | None = None) -> None:
+        """Copy the numbers in a box, or all, into a tensor of its shape, piece by piece."""
+        box = self._whole if box is None else box
+        for theirs, piece in self._pieces:
+            both = tuple(
+                slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(theirs, box, strict=True)
+            )
+            if all(side.start < side.stop for side in both):
+                into[_within(both, box)].copy_(piece[_within(both, theirs)])
 
 
 class Share:
@@ -30,7 +78,7 @@ class Share:
         self.sharded = [axis for axis, p in enumerate(self.placements) if not p.is_replicate()]
         self.box = self._box(tuple(local(tensor).shape))
 
-    def _box(self, held: tuple[int, ...]) -> tuple[slice, ...] | None:
+    def _box(self, held: tuple[int, ...]) -> Box | None:
         """Which part of the whole lies here, `held` being its shape: each mesh axis cuts as torch.chunk does
         what those before it left. None for placements that cut otherwise (FSDP2 over tensor parallelism).
         """
@@ -83,12 +131,13 @@ class Share:
         ).full_tensor()
         return found.movedim(behind, 0)
 
-    def part(self, whole: Tensor) -> Tensor:
-        """The part of this rank, of a tensor that every rank has whole; contiguous."""
+    def part(self, whole: Tensor | Parted) -> Tensor:
+        """The part of this rank, of a tensor that every rank has whole or can read; contiguous."""
         from torch.distributed.tensor import DTensor, Replicate
 
         if self.box is not None:
-            return whole[self.box].contiguous()
+            return (whole.part(self.box) if isinstance(whole, Parted) else whole[self.box]).contiguous()
+        whole = whole.part() if isinstance(whole, Parted) else whole
         made = DTensor.from_local(whole, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
         return local(made.redistribute(placements=self.placements)).contiguous()
 
@@ -187,3 +236,8 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if callable(forget := getattr(module, "reshard", None)) and hasattr(module, "unshard"):
             forget()
+
+
+def _within(box: Box, outer: Box) -> Box:
+    """A box as counted from where another, around it, starts."""
+    return tuple(slice(b.start - o.start, b.stop - o.start) for b, o in zip(box, outer, strict=True))

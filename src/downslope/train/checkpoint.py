@@ -10,17 +10,18 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from downslope.errors import BadInput
-from downslope.folder import Chunk, Pieces, check_name, disk, read_file, write_folder
+from downslope.folder import Chunk, Pieces, check_name, disk, new_folder, read_file, write_new
+from downslope.parallel import ALONE, Ranks
 
 MANIFEST = "manifest.json"
 SCHEMA = 2
@@ -46,17 +47,19 @@ _DTYPES = {
 }
 
 Folder: TypeAlias = str | os.PathLike[str]
+T = TypeVar("T")
 
 
 class Damaged(BadInput):
     """A checkpoint that is not, byte for byte, what was saved; the sentence names the file."""
 
 
-def pack(tensors: Mapping[str, Tensor]) -> list[Chunk]:
+def pack(tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> list[Chunk]:
     """The tensors as a safetensors file, in pieces that are the tensors' own memory where that is contiguous
-    and on the CPU: the library would copy all of it twice. BadInput for a dtype that the format has not.
+    and on the CPU: the library would copy all of it twice. `about` are texts for its header. BadInput for a
+    dtype that the format has not.
     """
-    header: dict[str, dict[str, Any]] = {}
+    header: dict[str, Mapping[str, Any]] = {} if about is None else {"__metadata__": about}
     pieces: list[Chunk] = []
     end = 0
     for name in sorted(tensors, key=lambda one: (-tensors[one].element_size(), one)):  # so all are aligned
@@ -76,26 +79,50 @@ def pack(tensors: Mapping[str, Tensor]) -> list[Chunk]:
     return [len(text).to_bytes(8, "little") + text, *pieces]
 
 
-def write(folder: Folder, files: Mapping[str, Pieces], **about: Any) -> str:
-    """Save `files` as a checkpoint and return the SHA-256 of its manifest, which goes into the journal.
+def write(folder: Folder, files: Mapping[str, Pieces], ranks: Ranks = ALONE, **about: Any) -> str:
+    """Save `files` as a checkpoint and return the SHA-256 of its manifest, which goes into the journal; of
+    several ranks each gives its own files.
 
-    `about` (plain JSON data, such as step=120) is written into the manifest. BadInput if the folder is there
-    already, or the disk refuses: then nothing is left there.
+    `about` (plain JSON data, such as step=120) is written into the manifest. BadInput, on every rank, if the
+    folder is there already, or the disk refuses on any: then nothing is left there.
     """
-    manifest = b""
+    draft = Draft(folder, ranks)
+    return draft.finish(lambda: draft.write(files), **about)
 
-    def every() -> Iterator[tuple[str, Pieces]]:
-        nonlocal manifest
-        written: dict[str, _Hashed] = {}
-        for name, data in files.items():
-            written[name] = _Hashed(data)
-            yield name, written[name]
-        entries = {name: {"size": one.size, "sha256": one.found.hexdigest()} for name, one in written.items()}
-        manifest = dump({"schema": SCHEMA, **about, "files": entries})
-        yield MANIFEST, manifest
 
-    write_folder(folder, every())
-    return _sha(manifest)
+class Draft:
+    """A checkpoint that is being written beside its place. Every rank makes one and calls `finish`; `write`
+    talks to nobody, and may run in a thread.
+    """
+
+    def __init__(self, folder: Folder, ranks: Ranks = ALONE) -> None:
+        self.folder, self.ranks, self._place = Path(folder), ranks, ExitStack()
+        name = ranks.told(lambda: self._place.enter_context(new_folder(self.folder)).name)
+        self.beside = self.folder.with_name(name)
+
+    def write(self, files: Mapping[str, Pieces]) -> dict[str, Any]:
+        """Write files, durably, and return their entries in the manifest."""
+        entries: dict[str, Any] = {}
+        with disk(f"write {self.folder}"):
+            for name, data in files.items():
+                hashed = _Hashed(data)
+                write_new(self.beside / check_name(name), hashed)
+                entries[name] = {"size": hashed.size, "sha256": hashed.found.hexdigest()}
+        return entries
+
+    def finish(self, written: Callable[[], dict[str, Any]], **about: Any) -> str:
+        """Put it in its place once every rank has `written` its files, and return its SHA-256."""
+        with self._place:
+            every = self.ranks.each(written)
+            entries = {name: entry for mine in every for name, entry in mine.items()}
+            manifest = dump({"schema": SCHEMA, **about, "files": entries})
+            self.ranks.told(lambda: self._close(manifest))
+        return _sha(manifest)
+
+    def _close(self, manifest: bytes) -> None:
+        with disk(f"write {self.folder}"):
+            write_new(self.beside / MANIFEST, manifest)
+            self._place.close()
 
 
 class _Hashed:
@@ -111,45 +138,74 @@ class _Hashed:
             yield piece
 
 
-def verify(folder: Folder, sha: str | None = None) -> dict[str, Any]:
-    """Read every byte of a checkpoint and return its manifest.
+def verify(folder: Folder, sha: str | None = None, ranks: Ranks = ALONE) -> dict[str, Any]:
+    """Read every byte of a checkpoint and return its manifest. Several ranks share the reading: each file is
+    read by one, and what that finds is raised by all.
 
     `sha` is what `write` returned; without it the manifest is taken at its word. Raises Damaged, naming the
     file that is not as it was saved.
     """
     folder = Path(folder)
-    try:
-        raw = read_file(folder / MANIFEST, _LARGEST_JSON)
-    except BadInput as error:
-        raise Damaged(f"the checkpoint {folder} is damaged: {error}") from None
-    if sha is not None and _sha(raw) != sha:
-        raise Damaged(f"the checkpoint {folder} is damaged: {MANIFEST} is not what the journal says it is.")
-    manifest = _manifest(raw, folder)
-    for name, entry in manifest["files"].items():
+
+    def look() -> dict[str, Any]:
+        manifest = _manifest(folder, sha)
+        files = manifest["files"]
+        by_size = sorted(files, key=lambda name: (-files[name]["size"], name))
+        check(folder, files, by_size[ranks.rank :: ranks.world])
+        return manifest
+
+    return agreed(look, ranks)
+
+
+def agreed(look: Callable[[], T], ranks: Ranks) -> T:
+    """What this rank finds in a checkpoint, if none finds damage; else Damaged, on every rank."""
+    found: list[T] = []
+
+    def wrong() -> str:
+        try:
+            found.append(look())
+        except Damaged as error:
+            return str(error)
+        return ""
+
+    if sentence := next(filter(None, ranks.each(wrong)), ""):
+        raise Damaged(sentence)
+    return found[0]
+
+
+def check(folder: Path, entries: Mapping[str, Any], names: Collection[str]) -> None:
+    """Read every byte of the named files. Damaged if one is not what its entry in the manifest says."""
+    for name in names:
+        entry = entries[name]
         try:
             size, found = _hash(folder / name)
         except OSError as error:
-            raise Damaged(
-                f"the checkpoint {folder} is damaged: {name} cannot be read: {error.strerror or error}."
-            ) from None
+            raise _damaged(folder, f"{name} cannot be read: {error.strerror or error}") from None
         if size != entry["size"]:
-            raise Damaged(
-                f"the checkpoint {folder} is damaged: {name} has {size} bytes, not {entry['size']}."
-            )
+            raise _damaged(folder, f"{name} has {size} bytes, not {entry['size']}")
         if found != entry["sha256"]:
-            raise Damaged(
-                f"the checkpoint {folder} is damaged: the SHA-256 of {name} is not that of its manifest."
-            )
-    return manifest
+            raise _damaged(folder, f"the SHA-256 of {name} is not that of its manifest")
 
 
 def tensors(folder: Folder, name: str) -> dict[str, Tensor]:
     """The tensors of a file that was verified, backed by the file: they take memory only when changed."""
+    with _opened(folder, name) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
+
+
+def about(folder: Folder, name: str) -> dict[str, str]:
+    """The texts that were packed with the tensors of a file."""
+    with _opened(folder, name) as file:
+        return dict(file.metadata() or {})
+
+
+@contextmanager
+def _opened(folder: Folder, name: str) -> Iterator[Any]:
     try:
         with safe_open(Path(folder, name), framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
+            yield file
     except (SafetensorError, OSError) as error:
-        raise Damaged(f"the checkpoint {folder} is damaged: {name} cannot be read: {error}.") from None
+        raise _damaged(folder, f"{name} cannot be read: {error}") from None
 
 
 def parse(folder: Folder, name: str) -> dict[str, Any]:
@@ -157,10 +213,21 @@ def parse(folder: Folder, name: str) -> dict[str, Any]:
     try:
         found = json.loads(read_file(Path(folder, name), _LARGEST_JSON))
     except (BadInput, ValueError, RecursionError) as error:
-        raise Damaged(f"the checkpoint {folder} is damaged: {name} cannot be read: {error}.") from None
+        raise _damaged(folder, f"{name} cannot be read: {error}") from None
     if not isinstance(found, dict):
-        raise Damaged(f"the checkpoint {folder} is damaged: {name} is not a JSON object.")
+        raise _damaged(folder, f"{name} is not a JSON object")
     return found
+
+
+@contextmanager
+def sound(folder: Folder, name: str) -> Iterator[None]:
+    """Within it, what a file holds is made use of: what is not there, or of another kind, is Damaged."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise _damaged(folder, f"{name}: {error!r}") from None
 
 
 def dump(data: Mapping[str, Any]) -> bytes:
@@ -177,7 +244,13 @@ def remove(folder: Folder) -> None:
         shutil.rmtree(gone)
 
 
-def _manifest(raw: bytes, folder: Path) -> dict[str, Any]:
+def _manifest(folder: Path, sha: str | None) -> dict[str, Any]:
+    try:
+        raw = read_file(folder / MANIFEST, _LARGEST_JSON)
+    except BadInput as error:
+        raise Damaged(f"the checkpoint {folder} is damaged: {error}") from None
+    if sha is not None and _sha(raw) != sha:
+        raise _damaged(folder, f"{MANIFEST} is not what the journal says it is")
     try:
         manifest: dict[str, Any] = json.loads(raw)
         schema, files = manifest["schema"], manifest["files"]
@@ -190,8 +263,12 @@ def _manifest(raw: bytes, folder: Path) -> dict[str, Any]:
     if schema != SCHEMA:
         raise BadInput(f"the checkpoint {folder} has schema {schema!r}; this version reads {SCHEMA}.")
     if not sound:
-        raise Damaged(f"the checkpoint {folder} is damaged: {MANIFEST} is no manifest.")
+        raise _damaged(folder, f"{MANIFEST} is no manifest")
     return manifest
+
+
+def _damaged(folder: Folder, what: str) -> Damaged:
+    return Damaged(f"the checkpoint {folder} is damaged: {what}.")
 
 
 def _sha(data: bytes) -> str:

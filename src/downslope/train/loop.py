@@ -2,8 +2,7 @@
 
 import signal
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,29 +25,6 @@ _WRITTEN_AT_ONCE = 100
 _NAMES = 20  # of parameters, in one skip event
 
 
-class Elsewhere:
-    """The store of a rank that leaves writing to the first, and its journal too."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.journal = self
-
-    def append(self, kind: str, /, sync: bool = True, **fields: Any) -> int:
-        """Nothing."""
-        return 0
-
-    def extend(self, events: Iterable[tuple[str, Mapping[str, Any]]], sync: bool = True) -> int:
-        """Nothing."""
-        return 0
-
-    def save(self, state: Training) -> None:
-        """Hand over what of the state lies here."""
-        state.gather()
-
-    def settle(self, wait: bool = False) -> None:
-        """Nothing."""
-
-
 class Loop:
     """One training, from where `state` stands to its end. `past` are the events that count so far.
 
@@ -56,9 +32,7 @@ class Loop:
     first rank, and a signal to any is one to all.
     """
 
-    def __init__(
-        self, state: Training, plan: Plan, store: Store | Elsewhere, past: Sequence[Event], show: Show
-    ) -> None:
+    def __init__(self, state: Training, plan: Plan, store: Store, past: Sequence[Event], show: Show) -> None:
         self.state, self.plan, self.store, self.show = state, plan, store, show
         self.journal = store.journal
         self.valid = next(

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from downslope.errors import BadInput
-from downslope.kernels.collective import Share, is_shared, local
+from downslope.kernels.collective import Parted, is_shared
 from downslope.optimizer import Optimizer
 from downslope.state import differences, listed, plain_name
 from downslope.train.plain import Packed, pack, unpack
+from downslope.train.sharded import placed, placed_all, put
 
 FIRST, LAST = 0, 2
 
@@ -47,7 +48,7 @@ class Part:
         self.name, self.held = name, held
 
     def pack(self) -> Packed:
-        """As plain data and tensors, which are those in use."""
+        """As plain data and tensors, which are those in use, sharded as they are."""
         raise NotImplementedError
 
     def check(self, packed: Packed, told: Told) -> None:
@@ -67,7 +68,7 @@ class Module(Part):
         data: dict[str, Any] = {}
         for name, value in self._named().items():
             if isinstance(value, Tensor):
-                tensors[name] = whole(value)
+                tensors[name] = value.detach()
             else:  # what get_extra_state gave
                 extra = pack(value, f"{name} of {self.name}")
                 data[name] = extra.data
@@ -78,28 +79,28 @@ class Module(Part):
         """Tell which are missing, unknown, or of another shape or type."""
         mine = {name: value for name, value in self._named().items() if isinstance(value, Tensor)}
         extra = packed.data.keys()
-        theirs = {name: value for name, value in packed.tensors.items() if name.split("/")[0] not in extra}
+        saved: dict[str, Tensor | Parted] = {**packed.tensors, **packed.parted}
+        theirs = {name: value for name, value in saved.items() if name.split("/")[0] not in extra}
         told.wrong += unlike(self.name, mine, theirs)
 
     def load(self, packed: Packed, told: Told) -> None:
         """Copy what fits into its tensors."""
         raw = self.held.state_dict()
         hidden = hidden_buffers(self.held)
+        tensors: dict[str, Tensor | Parted] = {**packed.tensors, **packed.parted}
         with torch.no_grad():
             for full, value in {**raw, **hidden}.items():
                 name = plain_name(full)
                 if name in packed.data:
                     mine = {
-                        key.partition("/")[2]: tensor
-                        for key, tensor in packed.tensors.items()
+                        key.partition("/")[2]: placed(saved, None)
+                        for key, saved in tensors.items()
                         if key.startswith(f"{name}/")
                     }
                     owner = full.rpartition("_extra_state")[0].rstrip(".")
                     self.held.get_submodule(owner).set_extra_state(unpack(Packed(packed.data[name], mine)))
-                elif isinstance(value, Tensor) and name in packed.tensors:
-                    saved = packed.tensors[name]
-                    if saved.shape == value.shape:
-                        put(value, saved, name)
+                elif isinstance(value, Tensor) and name in tensors and tensors[name].shape == value.shape:
+                    put(value, tensors[name])
 
     def _named(self) -> dict[str, Any]:
         held = {**self.held.state_dict(), **hidden_buffers(self.held)}
@@ -127,7 +128,7 @@ class Stepper(Part):
         for key, slots in raw["state"].items():
             for slot, value in slots.items():
                 if isinstance(value, Tensor):
-                    tensors[f"{names[key]}/{slot}"] = whole(value)
+                    tensors[f"{names[key]}/{slot}"] = value.detach()
                 else:
                     state.setdefault(names[key], {})[slot] = value
         groups = [
@@ -164,6 +165,7 @@ class Stepper(Part):
 
     def _load_torch(self, saved: Mapping[str, Any], state: Mapping[str, dict[str, Any]]) -> None:
         places = {name: place for place, name in enumerate(self._names())}
+        parameters = [p for group in self.held.param_groups for p in group["params"]]
         groups, start = [], 0
         for _, group, numbers in self._numbers(saved["groups"], Told()):
             size = len(group["params"])
@@ -173,15 +175,18 @@ class Stepper(Part):
             }
             groups.append({**made, "params": list(range(start, start + size))})
             start += size
-        mine = {places[name]: slots for name, slots in state.items() if name in places}
+        mine = {
+            places[name]: {slot: _like(parameters[places[name]], value) for slot, value in slots.items()}
+            for name, slots in state.items()
+            if name in places
+        }
         self.held.load_state_dict({**saved["beside"], "state": mine, "param_groups": groups})
-        parameters = [p for group in self.held.param_groups for p in group["params"]]
         for place, slots in mine.items():
             live = self.held.state[parameters[place]]
             for slot, value in slots.items():
                 # torch casts floating state to the parameter's dtype, and keeps what need not be cast
                 # without copying it; a state has its own precision, and its own memory.
-                if isinstance(value, Tensor) and not is_shared(live.get(slot)):
+                if isinstance(value, Tensor):
                     live[slot] = value.to(live[slot].device, copy=True)
 
     def _as_saved(self, saved: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,7 +206,7 @@ class Stepper(Part):
     def _state(packed: Packed) -> dict[str, dict[str, Any]]:
         """The state by the parameter's name."""
         state = {name: dict(slots) for name, slots in unpack(packed)["state"].items()}
-        for path, tensor in packed.tensors.items():
+        for path, tensor in {**packed.tensors, **packed.parted}.items():
             name, slash, slot = path.rpartition("/")
             if slash:
                 state.setdefault(name, {})[slot] = tensor
@@ -264,8 +269,7 @@ class Keeper(Part):
     def pack(self) -> Packed:
         """What its state dict holds."""
         state = self.held.state_dict() if hasattr(self.held, "state_dict") else self.held.state()
-        found = pack({"state": state, "functions": dict(_functions(self.held))}, self.name)
-        return Packed(found.data, {name: whole(tensor) for name, tensor in found.tensors.items()})
+        return pack({"state": state, "functions": dict(_functions(self.held))}, self.name)
 
     def check(self, packed: Packed, told: Told) -> None:
         """Tell which of its functions are others."""
@@ -276,7 +280,9 @@ class Keeper(Part):
 
     def load(self, packed: Packed, told: Told) -> None:
         """Hand it its state."""
-        state = unpack(Packed(packed.data["state"], packed.tensors))
+        # Only where parts were saved is it asked how it holds them.
+        parted = placed_all(packed.parted, self.pack().tensors) if packed.parted else {}
+        state = unpack(Packed(packed.data["state"], {**packed.tensors, **parted}))
         try:
             if hasattr(self.held, "load_state_dict"):
                 self.held.load_state_dict(_own(state))
@@ -335,20 +341,12 @@ def hidden_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name not in shown}
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor, of a sharded one all of it: then every rank must ask."""
-    sharded: Any = tensor
-    found: Tensor = sharded.full_tensor() if is_shared(tensor) else tensor
-    return found.detach()
-
-
-def put(tensor: Tensor, saved: Tensor, name: str) -> None:
-    """Copy what was saved into a tensor, of a sharded one its part."""
-    with torch.no_grad():
-        if is_shared(tensor):
-            local(tensor).copy_(Share(name, tensor).part(saved.to(local(tensor).device)))
-        else:
-            tensor.copy_(saved)
+def _like(parameter: Tensor, value: Any) -> Any:
+    """What an optimizer of torch keeps of a parameter: where that is sharded, sharded too."""
+    if not isinstance(value, Tensor | Parted):
+        return value
+    alike = is_shared(parameter) and value.shape == parameter.shape
+    return placed(value, parameter if alike else None)
 
 
 def absent(of: str, mine: Sequence[str], theirs: Sequence[str]) -> list[str]:
@@ -362,7 +360,7 @@ def absent(of: str, mine: Sequence[str], theirs: Sequence[str]) -> list[str]:
     return told
 
 
-def unlike(of: str, mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[str]:
+def unlike(of: str, mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor | Parted]) -> list[str]:
     """How two sets of tensors differ in names, shapes and types, in words."""
     told = absent(of, [*mine], [*theirs])
     for name in mine.keys() & theirs.keys():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,16 +13,18 @@ import torch
 from torch import Tensor
 
 from downslope.errors import BadInput
+from downslope.kernels.collective import Parted
 
 _KIND, _OF = "~", "of"
 """The keys of a JSON object that stands for what JSON has not."""
 
 
 class Packed(NamedTuple):
-    """A value as JSON `data`, and the tensors that it names."""
+    """A value as JSON `data`, and the tensors that it names; `parted`: those that lie in several files."""
 
     data: Any
     tensors: dict[str, Tensor]
+    parted: Mapping[str, Parted] = MappingProxyType({})
 
 
 def pack(value: Any, what: str = "the state") -> Packed:

@@ -25,10 +25,10 @@ from downslope.tasks import Task
 from downslope.tasks import task as find
 from downslope.train import checkpoint
 from downslope.train.history import history, losses
-from downslope.train.loop import Elsewhere, Loop
+from downslope.train.loop import Loop
 from downslope.train.plan import Plan
 from downslope.train.progress import Show
-from downslope.train.store import Store
+from downslope.train.store import Elsewhere, Store
 from downslope.train.training import Evaluation, Training
 
 _OURS = {
@@ -136,7 +136,7 @@ def train(
         # Made before the folder is: what is wrong with task or recipe shows here, and leaves nothing behind.
         fresh = None if begun else Training(task, recipe, seed, plan.threads, ranks=ranks)
         if not ranks.leads:
-            return _follow(path, task, ranks, fresh)
+            return _follow(path, task, background, ranks, fresh)
         with RunFolder(out) as folder:
             if (path / "run.json").exists():
                 begun_as = _plan(path)
@@ -170,7 +170,7 @@ def resume(
     task = plan.find_task(task, allow_code_change)
     with joined(shard, patience) as ranks:
         if not ranks.leads:
-            return _follow(path, task, ranks)
+            return _follow(path, task, background, ranks)
         with RunFolder(path) as folder:
             return _go_on(folder, plan, task, recipe, quiet, background, ranks)
 
@@ -194,7 +194,8 @@ def _go_on(
         past = history(everything)
         for sentence in filter(None, [plan.other_versions(), _other_ranks(everything, ranks)]):
             show.say(sentence)
-        store = Store(path / "ckpt", journal, background)
+        ranks.told(lambda: plan.text().decode())
+        store = Store(path / "ckpt", journal, background, ranks=ranks)
         found, after, damaged = store.newest(
             past, lambda at, sha: Training.load(at, task, recipe, sha, ranks)
         )
@@ -202,7 +203,7 @@ def _go_on(
         for sentence in damaged:
             show.say(f"{sentence} Going on from step {state.step}.")
         ended = next((event for event in past if event["kind"] == "end"), None)
-        ranks.told(lambda: {"plan": plan.text().decode(), "past": _brief(past, after), "ended": ended})
+        ranks.told(lambda: {"past": _brief(past, after), "ended": ended})
         if ended is None or not state.done:
             how: dict[str, Any] = {"world": ranks.world, "shard": ranks.shard}
             if past:
@@ -215,29 +216,27 @@ def _go_on(
     return _run(path, plan, task, state, ended)
 
 
-def _follow(path: Path, task: Task, ranks: Ranks, fresh: Training | None = None) -> Run:
-    """The part of a rank that leaves deciding and writing to the first: it goes on from where that one does,
-    which it finds in the same folder.
+def _follow(path: Path, task: Task, background: bool, ranks: Ranks, fresh: Training | None = None) -> Run:
+    """The part of a rank that leaves deciding to the first: it goes on from where that one does, which it
+    finds in the same folder, and writes there what of the state it alone has.
     """
-    said = ranks.told(dict[str, Any])
-    plan, past, ended = Plan(**json.loads(said["plan"])), said["past"], said["ended"]
+    plan = Plan(**json.loads(ranks.told(str)))
     recipe = Recipe.parse(plan.recipe)
-    if saved := next((event for event in past if event["kind"] == "checkpoint"), None):
-        state = Training.load(path / "ckpt" / saved["name"], task, recipe, saved["sha"], ranks)
-    else:
-        state = fresh or Training(task, recipe, plan.seed, plan.threads, ranks=ranks)
+    store = Store(path / "ckpt", Elsewhere(path / "journal.jsonl"), background, ranks=ranks)
+    found, _, _ = store.newest([], lambda at, sha: Training.load(at, task, recipe, sha, ranks))
+    state = found or fresh or Training(task, recipe, plan.seed, plan.threads, ranks=ranks)
+    said = ranks.told(dict[str, Any])
+    past, ended = said["past"], said["ended"]
     if ended is None or not state.done:
         with Show(plan.task, plan.steps, task.metric_name, quiet=True) as show:
-            ended = _finish(None, Loop(state, plan, Elsewhere(path / "journal.jsonl"), past, show))
+            ended = _finish(None, Loop(state, plan, store, past, show))
     return _run(path, plan, task, state, ended)
 
 
 def _brief(past: Sequence[Event], after: int) -> list[Event]:
-    """What of the past other ranks need: the checkpoint to go on from, and the last of what a Loop reads."""
+    """What of the past other ranks need: the last of what a Loop reads."""
     counting = history([*past, {"kind": "resume", "after": after}])
-    last = {event["kind"]: event for event in counting if event["kind"] in ("valid", "step")}
-    saved = [event for event in counting if event["kind"] == "checkpoint"]
-    return [*last.values(), *(event for event in saved if event.get("after", event["seq"]) == after)]
+    return [*{event["kind"]: event for event in counting if event["kind"] in ("valid", "step")}.values()]
 
 
 def _other_ranks(events: Sequence[Event], ranks: Ranks) -> str:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import platform
+import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from downslope.errors import BadInput
 from downslope.folder import Pieces, check_name
+from downslope.kernels.collective import Parted, local
+from downslope.parallel import ALONE, Ranks
 from downslope.state import plain_name
 from downslope.train import checkpoint
 from downslope.train.checkpoint import Folder
@@ -20,8 +25,10 @@ from downslope.train.fingerprint import digest, fingerprint
 from downslope.train.part import LAST, Part, Told, part_of
 from downslope.train.plain import Packed, leaves, pack, unpack
 from downslope.train.random import Generators
+from downslope.train.sharded import is_cut, start_of, whole
 
-RESERVED = ("state", "manifest", "generators", "step", "counters")
+RESERVED = ("state", "manifest", "generators", "step", "counters", "ranks")
+_OF_RANK = re.compile(r"(.+)\.rank-\d+")
 
 
 @dataclass(frozen=True)
@@ -48,11 +55,47 @@ class Resumed:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A state as it was, in memory of its own."""
+    """A state as it was, in memory of its own; `parted` is what several ranks saved in parts, by part."""
 
     data: Mapping[str, Any]
     tensors: Mapping[str, Mapping[str, Tensor]]
     generators: Generators | None = field(repr=False)
+    parted: Mapping[str, Mapping[str, Parted]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Folder, sha: str | None = None, ranks: Ranks = ALONE) -> Self:
+        """What a checkpoint holds, in the memory of its files, of which each rank reads what it needs. Every
+        byte is verified first. Damaged, on all ranks, naming the file that is not as it was saved.
+        """
+        files = checkpoint.verify(folder, sha, ranks)["files"]
+        return checkpoint.agreed(lambda: cls._read(folder, files), ranks)
+
+    @classmethod
+    def _read(cls, folder: Folder, files: Iterable[str]) -> Self:
+        data = checkpoint.parse(folder, "state.json")
+        tensors: dict[str, dict[str, Tensor]] = {}
+        pieces: dict[str, dict[str, Any]] = defaultdict(lambda: defaultdict(list))
+        for file in files:
+            name, dot, _ = file.rpartition(".safetensors")
+            if of := dot and _OF_RANK.fullmatch(name):
+                held = checkpoint.tensors(folder, file)
+                with checkpoint.sound(folder, file):
+                    for key, (shape, start) in json.loads(checkpoint.about(folder, file)["parts"]).items():
+                        pieces[of[1]][key].append((shape, start, held[key]))
+            elif dot:
+                tensors[name] = checkpoint.tensors(folder, file)
+        with checkpoint.sound(folder, "a file of a rank"):
+            parted = {
+                name: {key: Parted(ones[0][0], [one[1:] for one in ones]) for key, ones in held.items()}
+                for name, held in pieces.items()
+            }
+        generators = data.get("generators")
+        made = Generators.from_data(generators) if generators is not None else None
+        return cls(data, tensors, made, parted)
+
+    def packed(self, name: str, data: Any) -> Packed:
+        """A part of it."""
+        return Packed(data, dict(self.tensors.get(name, {})), self.parted.get(name, {}))
 
 
 class TrainState:
@@ -61,7 +104,8 @@ class TrainState:
 
     `generators`: whether the global ones of python, numpy and torch belong to it. State is matched by names
     of parts and parameters, whatever the order in which they were made or added. The checkpoint's numbers
-    win over the program's, and what differs is told. Raises BadInput for a part that has no state. Not for:
+    win over the program's, and what differs is told. `ranks` save and load together, of sharded tensors each
+    its part; else every rank gathers all of them. Raises BadInput for a part that has no state. Not for:
     publishing a model, for which its weights are enough.
 
     >>> model = nn.Linear(2, 1)
@@ -73,11 +117,18 @@ class TrainState:
     """
 
     def __init__(
-        self, model: nn.Module | None = None, optimizer: Any = None, *, generators: bool = True, **parts: Any
+        self,
+        model: nn.Module | None = None,
+        optimizer: Any = None,
+        *,
+        generators: bool = True,
+        ranks: Ranks = ALONE,
+        **parts: Any,
     ) -> None:
         self.step = 0
         self.counters: dict[str, Any] = {}
         self.generators = generators
+        self.ranks = ranks
         self._parts: dict[str, Part] = {}
         self._names: dict[int, str] = {}
         self._waiting: dict[str, Packed] = {}
@@ -92,7 +143,7 @@ class TrainState:
         there at once, and so do the optimizers, whose rate a new scheduler has just written. BadInput if the
         training has moved since.
         """
-        if name in RESERVED or name in self._parts:
+        if name in RESERVED or name in self._parts or _OF_RANK.fullmatch(name):
             raise BadInput(f"the name {name!r} is taken: call it something else.")
         check_name(name)
         if name in self._waiting and self._moves() != self._moved:
@@ -116,16 +167,17 @@ class TrainState:
         return {name: part.held for name, part in self._parts.items()}
 
     def save(self, folder: Folder) -> str:
-        """Write a checkpoint, durably and whole or not at all, and return the SHA-256 of its manifest.
+        """Write a checkpoint, durably and whole or not at all, and return the SHA-256 of its manifest. All
+        `ranks` call it.
 
         The same state gives the same bytes. BadInput if the folder is there already, the disk refuses, or a
         part holds what is neither a tensor nor plain data.
         """
-        return checkpoint.write(folder, self.files(), step=self.step, world=1)
+        return checkpoint.write(folder, self.files(), self.ranks, step=self.step, world=self.ranks.world)
 
     def files(self) -> dict[str, Pieces]:
-        """What a checkpoint of this moment holds, by file: to be written before anything goes on."""
-        return files_of(self._shot())
+        """What this rank writes of a checkpoint of this moment, by file: before anything goes on."""
+        return files_of(self._shot(), self.ranks)
 
     def load(self, folder: Folder, *, strict: bool = True, sha: str | None = None) -> Resumed:
         """Go on from a checkpoint, and warn of numbers of the program that it replaced. Every byte is
@@ -135,21 +187,12 @@ class TrainState:
         what fits is put back. Parts that the program does not have yet wait until they are added. Raises
         Damaged, naming the file that is not as it was saved.
         """
-        files = checkpoint.verify(folder, sha)["files"]
-        data = checkpoint.parse(folder, "state.json")
-        tensors = {
-            name.removesuffix(".safetensors"): checkpoint.tensors(folder, name)
-            for name in files
-            if name.endswith(".safetensors")
-        }
-        generators = data.get("generators")
-        made = Generators.from_data(generators) if generators is not None else None
-        try:
-            return self.restore(Snapshot(data, tensors, made), strict=strict, what=f"the checkpoint {folder}")
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, BadInput):
-                raise
-            raise checkpoint.Damaged(f"the checkpoint {folder} is damaged: state.json: {error!r}.") from None
+        return self.resume(Snapshot.read(folder, sha, self.ranks), folder, strict=strict)
+
+    def resume(self, shot: Snapshot, folder: Folder, *, strict: bool = True) -> Resumed:
+        """Go on from a checkpoint that was read; as `load` does it."""
+        with checkpoint.sound(folder, "state.json"):
+            return self.restore(shot, strict=strict, what=f"the checkpoint {folder}")
 
     def snapshot(self, into: Snapshot | None = None) -> Snapshot:
         """The state at this moment, in memory of its own: that of `into`, a snapshot that is not needed any
@@ -164,14 +207,12 @@ class TrainState:
 
     def restore(self, shot: Snapshot, *, strict: bool = True, what: str = "the snapshot") -> Resumed:
         """Go on from a snapshot, which may be used again; as `load` does it."""
-        saved = {
-            name: Packed(data, dict(shot.tensors.get(name, {}))) for name, data in shot.data["parts"].items()
-        }
+        saved = {name: shot.packed(name, data) for name, data in shot.data["parts"].items()}
         ready = {name: packed for name, packed in saved.items() if name in self._parts}
         told = self._put_back(ready, strict, what)
         self._wait(saved)
         self.step = shot.data["step"]
-        self.counters = unpack(Packed(shot.data["counters"], dict(shot.tensors.get("counters", {}))))
+        self.counters = unpack(shot.packed("counters", shot.data["counters"]))
         if shot.generators is not None and self.generators:
             shot.generators.restore()
         missing = tuple(name for name in self._parts if name not in saved)
@@ -189,7 +230,7 @@ class TrainState:
         if shot.generators is not None:
             found |= generator_fields(shot.generators)
         for name, held in shot.tensors.items():
-            found |= {f"{name} {key}": fingerprint(tensor) for key, tensor in held.items()}
+            found |= {f"{name} {key}": fingerprint(whole(tensor)) for key, tensor in held.items()}
         for name, data in shot.data["parts"].items():
             found |= {f"{name} {key}": text for key, text in leaves(data)}
         return found
@@ -224,9 +265,17 @@ class TrainState:
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
-        tensors = {name: one.tensors for name, one in packed.items() if one.tensors}
+        tensors = {
+            name: {key: self._held(key, tensor) for key, tensor in one.tensors.items()}
+            for name, one in packed.items()
+            if one.tensors
+        }
         tensors |= {"counters": counters.tensors} if counters.tensors else {}
         return Snapshot(data, tensors, Generators.now() if self.generators else None)
+
+    def _held(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor as it is saved: whole, unless each of several ranks saves a part."""
+        return tensor if self.ranks.together and is_cut(name, tensor) else whole(tensor)
 
     def _put_back(self, ready: Mapping[str, Packed], strict: bool, what: str = "the checkpoint") -> Told:
         """Check everything, and only then change anything: first what may yet refuse by itself, and
@@ -243,11 +292,22 @@ class TrainState:
         return told
 
 
-def files_of(shot: Snapshot) -> dict[str, Pieces]:
-    """The files of a checkpoint of a snapshot: a safetensors file a part, and state.json for all else."""
-    files: dict[str, Pieces] = {
-        f"{name}.safetensors": checkpoint.pack(held) for name, held in shot.tensors.items()
-    }
+def files_of(shot: Snapshot, ranks: Ranks = ALONE) -> dict[str, Pieces]:
+    """The files of a checkpoint of a snapshot that are this rank's to write: its parts of sharded tensors;
+    the first writes all else, a safetensors file a part and state.json.
+    """
+    files: dict[str, Pieces] = {}
+    for name, held in shot.tensors.items():
+        cut = {key: start_of(key, tensor) for key, tensor in held.items() if is_cut(key, tensor)}
+        if uncut := {key: tensor for key, tensor in held.items() if key not in cut and ranks.leads}:
+            files[f"{name}.safetensors"] = checkpoint.pack(uncut)
+        if boxes := {key: [[*held[key].shape], start] for key, start in cut.items() if start is not None}:
+            parts = {key: local(held[key]) for key in boxes}
+            files[f"{name}.rank-{ranks.rank}.safetensors"] = checkpoint.pack(
+                parts, {"parts": json.dumps(boxes)}
+            )
+    if not ranks.leads:
+        return files
     generators = None if shot.generators is None else shot.generators.data()
     return {**files, "state.json": checkpoint.dump({**shot.data, "generators": generators})}
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
 from downslope.errors import BadInput
 from downslope.folder import RunFolder, check_name, disk
 from downslope.journal import Event, Journal, read
+from downslope.parallel import ALONE, Ranks
 from downslope.train import checkpoint
 from downslope.train.history import history, stands_at
 from downslope.train.state import Resumed, Snapshot, TrainState, files_of
@@ -37,23 +39,54 @@ class Saved(Protocol):
         """The state at this moment, in memory of its own."""
 
 
+class Elsewhere:
+    """The journal of a rank that leaves it to the first."""
+
+    last = -1
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, kind: str, /, sync: bool = True, **fields: Any) -> int:
+        """Nothing."""
+        return 0
+
+    def extend(self, events: Iterable[tuple[str, Mapping[str, Any]]], sync: bool = True) -> int:
+        """Nothing."""
+        return 0
+
+    def check(self) -> None:
+        """Nothing."""
+
+
 class _Writing(NamedTuple):
+    """A checkpoint that is being written by `job`, after which `finish` gives its hash."""
+
     name: str
     step: int
     after: int
-    sha: Future[str]
+    job: Future[Any]
+    finish: Callable[[], str]
 
 
 class Store:
     """The checkpoints in `folder`, each acknowledged by an event of `journal` once it is on disk and was read
     back. With `background`, `save` copies the state and leaves the rest to a thread; what goes wrong there is
-    raised by the next `settle`, which is to be called often.
+    raised by the next `settle`, which is to be called often. All `ranks` do the same: each writes what of the
+    state is its own, the first acknowledges what all have written, and what fails on one is raised by all.
 
     The copy takes as much memory as the state, once, and the first takes longer than the others.
     """
 
-    def __init__(self, folder: Path, journal: Journal, background: bool = False, keep: int = KEEP) -> None:
-        self.folder, self.journal, self.keep = folder, journal, keep
+    def __init__(
+        self,
+        folder: Path,
+        journal: Journal | Elsewhere,
+        background: bool = False,
+        keep: int = KEEP,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.folder, self.journal, self.keep, self.ranks = folder, journal, keep, ranks
         self._pool = ThreadPoolExecutor(1, "checkpoint") if background else None
         self._copy: Snapshot | None = None
         self._writing: _Writing | None = None
@@ -61,25 +94,35 @@ class Store:
     def save(self, state: Saved) -> None:
         """Save the state at its step. BadInput if the disk refuses: then, or after, at the next `settle`."""
         self.settle(wait=True)
-        self.journal.check()
+        self.ranks.told(self.journal.check)
         name, after = f"step-{state.step:09d}", self.journal.last
         path = self.folder / name
         if self._pool is None:
             sha = state.save(path)
-            checkpoint.verify(path, sha)
+            checkpoint.verify(path, sha, self.ranks)
             self._acknowledge(name, state.step, after, sha)
-        else:
-            self._copy = state.snapshot(into=self._copy)
-            about = {"step": state.step, "world": 1}
-            job = self._pool.submit(_write, path, self._copy, about)
-            self._writing = _Writing(name, state.step, after, job)
+            return
+        shot = self._copy = state.snapshot(into=self._copy) if self.ranks.leads or self.ranks.shard else None
+        about = {"step": state.step, "world": self.ranks.world}
+        if shot is not None and not self.ranks.together:
+            job: Future[Any] = self._pool.submit(_write, path, shot, about)
+            finish = job.result
+        else:  # only here, and not in the thread, may ranks talk
+            draft = checkpoint.Draft(path, self.ranks)
+            job = self._pool.submit(_write_mine, draft, shot)
+            finish = partial(draft.finish, job.result, **about)
+        self._writing = _Writing(name, state.step, after, job, finish)
 
     def settle(self, wait: bool = False) -> None:
         """Acknowledge what was written in the background, and raise what went wrong there."""
         writing = self._writing
-        if writing is not None and (wait or writing.sha.done()):
+        if writing is None:
+            return
+        done = writing.job.done()
+        busy, failed = self.ranks.most(not done, done and writing.job.exception() is not None)
+        if wait or failed or not busy:
             self._writing = None
-            self._acknowledge(writing.name, writing.step, writing.after, writing.sha.result())
+            self._acknowledge(writing.name, writing.step, writing.after, writing.finish())
 
     def close(self) -> None:
         """Wait for what is being written."""
@@ -93,8 +136,11 @@ class Store:
         """What `load` makes of the newest checkpoint that is as it was saved; the "seq" that it stands at;
         and a sentence for each that is not. None, and the first event, if there is none.
 
-        Whatever else lies in the folder goes, but for the damaged: they are set aside.
+        Whatever else lies in the folder goes, but for the damaged: they are set aside. Which checkpoint is
+        tried is the first rank's to say: the others need not know what is `past`.
         """
+        if not self.ranks.leads:
+            return self._newest_told(load)
         saved = [event for event in past if event["kind"] == "checkpoint"]
         damaged: dict[str, str] = {}
         found: Any = None
@@ -103,17 +149,34 @@ class Store:
             path = self.folder / check_name(event["name"])
             if not path.exists() and event not in saved[-self.keep :]:
                 continue  # it has long been replaced by newer ones
+            self.ranks.told(partial(dict, name=event["name"], sha=event["sha"]))
             try:
                 found, after = load(path, event["sha"]), stands_at(event)
                 break
             except checkpoint.Damaged as error:
                 damaged[event["name"]] = str(error)
         kept = [event["name"] for event in saved if stands_at(event) <= after][-self.keep :]
-        _tidy(self.folder, set(kept), damaged.keys())
+
+        def end() -> dict[str, Any]:
+            _tidy(self.folder, set(kept), damaged.keys())
+            return {"after": after, "damaged": list(damaged.values())}
+
+        self.ranks.told(end)
         return found, after, list(damaged.values())
+
+    def _newest_told(self, load: Callable[[Path, str], Any]) -> tuple[Any, int, list[str]]:
+        """The same on a rank that tries what the first one says."""
+        found: Any = None
+        while "name" in (said := self.ranks.told(dict[str, Any])):
+            with suppress(checkpoint.Damaged):
+                found = load(self.folder / said["name"], said["sha"])
+        return found, said["after"], said["damaged"]
 
     def _acknowledge(self, name: str, step: int, after: int, sha: str) -> None:
         """Only what is acknowledged and verified may take the place of an older one."""
+        self.ranks.told(lambda: self._acknowledge_here(name, step, after, sha))
+
+    def _acknowledge_here(self, name: str, step: int, after: int, sha: str) -> None:
         try:
             self.journal.append("checkpoint", step=step, name=name, sha=sha, after=after)
         except BadInput:  # nobody vouches for it: the disk is full, or another process goes on with the run
@@ -202,6 +265,13 @@ def _write(path: Path, shot: Snapshot, about: dict[str, Any]) -> str:
     sha = checkpoint.write(path, files_of(shot), **about)
     checkpoint.verify(path, sha)
     return sha
+
+
+def _write_mine(draft: checkpoint.Draft, shot: Snapshot | None) -> dict[str, Any]:
+    """Write and read back the files of this rank, of those that write together."""
+    entries = draft.write(files_of(shot, draft.ranks)) if shot is not None else {}
+    checkpoint.check(draft.beside, entries, entries)
+    return entries
 
 
 def _tidy(folder: Path, good: Set[str], damaged: Set[str]) -> None:

@@ -62,11 +62,8 @@ class OfTask:
         self.training.advance(self.training.step + steps, seen)
 
     def save(self, folder: Folder) -> None:
-        """Save it; of several ranks the first does."""
-        if self.ranks.leads:
-            self.training.save(folder)
-        else:
-            self.training.gather()
+        """Save it."""
+        self.training.save(folder)
 
     def load(self, folder: Folder, steps: int) -> None:
         """Go on from what was saved."""

@@ -133,7 +133,7 @@ class Training:
         self.rescue = Rescue(self.model, self.company, self.sides)
         parts: dict[str, Any] = {side.part_name: side.optimizer for side in self.sides}
         parts |= {"kept": self.rescue} if self.company.keeps else {}
-        self.state = TrainState(self.model, strategies=self.company, **parts)
+        self.state = TrainState(self.model, strategies=self.company, ranks=ranks, **parts)
 
     def _begin(self, fresh: bool) -> None:
         """Let the strategies shape the model, give it its first weights, and join the training."""
@@ -286,15 +286,10 @@ class Training:
     def save(self, folder: Folder) -> str:
         """Write a checkpoint, durably and whole or not at all, and return the SHA-256 of its manifest.
 
-        The same state gives the same bytes. BadInput if the folder is there already, or the disk refuses. Of
-        several ranks, which hold the same, one saves; with sharded weights the others `gather` meanwhile.
+        The same state gives the same bytes. BadInput if the folder is there already, or the disk refuses. All
+        ranks call it: the first writes what all hold, and each its parts of sharded weights and state.
         """
         return self._counted(lambda state: state.save(folder))
-
-    def gather(self) -> None:
-        """Take part in the saving of another rank, if parts of the state lie here."""
-        if self.ranks.shard:
-            self._counted(TrainState.files)
 
     @classmethod
     def load(
@@ -305,13 +300,15 @@ class Training:
         sha: str | None = None,
         ranks: Ranks = ALONE,
     ) -> Self:
-        """The state that was saved in `folder`, on as many ranks or others; `sha` is what `save` returned.
+        """The state that was saved in `folder`, on as many ranks or others, which all call it; `sha` is what
+        `save` returned.
 
         Raises Damaged (a BadInput) naming the file that is not as it was saved, and BadInput if task or
         recipe are not those of the checkpoint.
         """
-        checkpoint.verify(folder, sha)
-        saved = checkpoint.parse(folder, "state.json")["counters"]
+        shot = Snapshot.read(folder, sha, ranks)
+        with checkpoint.sound(folder, "state.json"):
+            saved = {**shot.data["counters"]}
         began = Recipe.parse(saved["recipe"], f"{folder}/state.json")
         if recipe is not None and recipe.hash != began.hash:
             changes = "; ".join(map(str, began.diff(recipe)))
@@ -321,7 +318,7 @@ class Training:
             raise BadInput(
                 f"the checkpoint {folder} saw {saved['samples']} samples, the task now has {made.samples}."
             )
-        made._go_on(folder, sha)
+        made._go_on(shot, folder)
         return made
 
     def snapshot(self, into: Snapshot | None = None) -> Snapshot:
@@ -349,11 +346,11 @@ class Training:
         with self._inside():
             return take(self.state)
 
-    def _go_on(self, folder: Folder, sha: str | None) -> None:
+    def _go_on(self, shot: Snapshot, folder: Folder) -> None:
         with self._inside(), warnings.catch_warnings():
             # What a branch follows differs from its recipe on purpose; the recipe itself was compared.
             warnings.filterwarnings("ignore", message="(?s).*the checkpoint's numbers are used")
-            self.state.load(folder, sha=sha)
+            self.state.resume(shot, folder)
         self.step, self.batches = self.state.step, self.state.counters["batches"]
         for side in self.sides:
             side.skips = self.state.counters["skips in a row"][side.name]
