@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -25,7 +26,8 @@ from downslope.race import race as run_race
 from downslope.recipe import Recipe
 from downslope.report import report as write_report
 from downslope.tasks import Task, frames, size, task
-from downslope.train import Run, steps_per_epoch, verify_resume
+from downslope.train import Branch, Run, steps_per_epoch, verify_resume
+from downslope.train import branch as change_plan
 from downslope.train import resume as go_on
 from downslope.train import train as run_training
 
@@ -189,6 +191,23 @@ def train(
 @app.command()
 def resume(
     folder: Folder,
+    out: Annotated[
+        Path | None, typer.Option(help="Go on by another plan, as a run of its own in this folder.")
+    ] = None,
+    steps: Annotated[str | None, typer.Option(help='The whole length: 2000, or "30 epochs".')] = None,
+    rate: Annotated[float | None, typer.Option(help="Peak of the learning rate.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Items per update.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Other numbers for the same rules, in TOML.")] = None,
+    at: Annotated[int | None, typer.Option(help="Begin at this checkpoint. Default: the newest.")] = None,
+    then: Annotated[
+        str | None,
+        typer.Option(
+            help="Schedules keep (as begun), rewarm (up again, then over what is left) or decay (to 0)."
+        ),
+    ] = None,
+    warmup: Annotated[str | None, typer.Option(help="Length of the way up. Default: as before.")] = None,
+    shape: Annotated[str | None, typer.Option(help="Way down: linear, cosine or sqrt.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print and draw the change only.")] = False,
     allow_code_change: Annotated[
         bool, typer.Option("--allow-code-change", help="Go on though the task's file is another.")
     ] = False,
@@ -197,13 +216,20 @@ def resume(
     patience: Patience = PATIENCE,
     as_json: Json = False,
 ) -> int:
-    """Go on with a run that was stopped; it ends as if it had never been."""
+    """Go on with a run that was stopped; it ends as if it had never been. With --out, by another plan."""
+    asked = {"steps": _length(steps), "rate": rate, "batch_size": batch_size, "recipe": recipe, "at": at}
+    asked |= {"then": then, "warmup": _length(warmup), "shape": shape}
+    change = _branched(folder, out, dry_run, allow_code_change, asked)
+    if dry_run and change is not None:
+        _answer(as_json, change.data(), lambda: str(change))
+        return 0
+    folder = out or folder
     if nproc is not None:
         arguments = ["resume", str(folder), *["--allow-code-change"] * allow_code_change]
         return _supervised(nproc, arguments, folder, shard, patience, as_json)
     with _aside(), _stoppable(_again(folder, shard)):
         done = go_on(folder, allow_code_change=allow_code_change, shard=shard, patience=patience)
-    return _trained(done, as_json)
+    return _trained(done, as_json, {} if change is None else {"branch": change.data()})
 
 
 @app.command()
@@ -355,10 +381,33 @@ def _world() -> int:
         return 1
 
 
-def _trained(done: Run, as_json: bool) -> int:
+def _trained(done: Run, as_json: bool, more: Mapping[str, Any] = MappingProxyType({})) -> int:
     if place().rank == 0:
-        _answer(as_json, done.data(), lambda: str(done))
+        _answer(as_json, {**done.data(), **more}, lambda: str(done))
     return 0
+
+
+def _length(text: str | None) -> int | str | None:
+    return int(text) if text and text.isdecimal() else text
+
+
+def _branched(
+    folder: Path, out: Path | None, dry_run: bool, allow_code_change: bool, asked: Mapping[str, Any]
+) -> Branch | None:
+    """The branch that options ask for; None where a run is to go on as it was begun."""
+    given = {name: value for name, value in asked.items() if value is not None}
+    if out is None and not dry_run:
+        if given:
+            raise BadInput(
+                f"--{next(iter(given)).replace('_', '-')} makes another run of it: give that a folder by "
+                f"--out. {folder} itself goes on only as it was begun, so that it ends in the same bits."
+            )
+        return None
+    if "recipe" in given:
+        given["recipe"] = Recipe.load(given["recipe"])
+    with _aside():
+        where = None if dry_run else out
+        return change_plan(folder, where, allow_code_change=allow_code_change, quiet=dry_run, **given)
 
 
 def _again(folder: Path, shard: bool) -> str:

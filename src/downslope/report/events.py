@@ -213,6 +213,13 @@ RACE: dict[str, type[Record]] = {
 }
 
 
+class Parent(Record):
+    """The run and the step that a branch goes on from."""
+
+    folder: Words
+    step: Count
+
+
 class Start(Record):
     """A training began."""
 
@@ -222,6 +229,7 @@ class Start(Record):
     steps: Count = 0
     metric: Words = "metric"
     higher_is_better: bool = True
+    parent: Parent | None = None
 
 
 class Move(Record):

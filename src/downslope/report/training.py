@@ -236,6 +236,8 @@ def _facts(log: Log) -> list[Fact]:
     facts = [Fact("Task", log.start.task), Fact("Seed", str(log.start.seed))]
     if log.start.recipe:
         facts.append(Fact("Recipe", f"hash {log.start.recipe[:12]}"))
+    if parent := log.start.parent:
+        facts.append(Fact("Branch", f"of {redact(parent.folder)} from step {parent.step} on"))
     if log.players:
         facts.append(Fact("Players", f"{clip(listing(log.players))}; a step is a round of them"))
     loss = "mean over the batch while training; mean over the whole part in validation"

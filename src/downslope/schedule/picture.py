@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from downslope.errors import BadInput
 
@@ -20,18 +21,35 @@ class _Ink:
     corner: str
     floor: str
     notch: str
+    faint: str
+    here: str
     mark: Callable[[list[tuple[int, int]]], str]
 
 
 _DOTS = ((0x40, 0x04, 0x02, 0x01), (0x80, 0x20, 0x10, 0x08))  # of a braille character, from its foot
-_BRAILLE = _Ink(2, 4, "┤", "│", "└", "─", "┬", lambda dots: chr(0x2800 + sum(_DOTS[x][y] for x, y in dots)))
-_ASCII = _Ink(1, 1, "+", "|", "+", "-", "+", lambda dots: "*")
+_BRAILLE = _Ink(
+    2, 4, "┤", "│", "└", "─", "┬", "·", "▲", lambda dots: chr(0x2800 + sum(_DOTS[x][y] for x, y in dots))
+)
+_ASCII = _Ink(1, 1, "+", "|", "+", "-", "+", ".", "^", lambda dots: "*")
+
+Curve: TypeAlias = Callable[[int], float]
 
 
-def draw(value: Callable[[int], float], steps: int, width: int, height: int, plain: bool = False) -> str:
+def draw(
+    value: Curve,
+    steps: int,
+    width: int,
+    height: int,
+    plain: bool = False,
+    *,
+    behind: tuple[Curve, int] | None = None,
+    at: int | None = None,
+) -> str:
     """The curve of value(0) … value(steps - 1), `height` rows and an axis, no line longer than `width`.
 
     Every update has an equal share of the width. The axis starts from 0, unless the curve keeps far from it.
+    `behind`: another curve and its updates, drawn in faint points where the first leaves room. `at`: an
+    update that the axis marks.
 
     >>> print(draw(lambda i: i / 5, steps=6, width=30, height=3, plain=True))
       1 +                 ********
@@ -44,17 +62,26 @@ def draw(value: Callable[[int], float], steps: int, width: int, height: int, pla
         least = f"1 step, {_LEAST[0]} columns and {_LEAST[1]} rows"
         raise BadInput(f"a picture needs at least {least}, got {steps}, {width} and {height}.")
     ink = _ASCII if plain else _BRAILLE
-    low, high = _range(_columns(value, steps, width))
+    other, length = behind or (value, steps)
+    whole = max(steps, length)
+    low, high = _range([*_columns(value, steps, width), *_columns(other, length, width)])
     labels = {0: high, height - 1: low} | ({height // 2: (low + high) / 2} if height % 2 else {})
     names = {row: f"{level:.3g}" for row, level in labels.items()}
     margin = max(map(len, names.values()))
     room = width - margin - 2
-    spans = _spans(_columns(value, steps, room * ink.across), low, high, height * ink.up)
+    spans = _spans(_columns(value, steps, room * ink.across * steps // whole), low, high, height * ink.up)
+    faint = (
+        _spans(_columns(other, length, room * length // whole), low, high, height * ink.up) if behind else []
+    )
     rows = [
         f"{names.get(row, ''):>{margin}} {ink.tick if row in names else ink.side}{line}".rstrip()
-        for row, line in enumerate(_lines(spans, height, ink))
+        for row, line in enumerate(_lines(spans, faint, height, ink))
     ]
-    return "\n".join([*rows, *_floor(steps, room, margin, ink)])
+    axis, words = _floor(whole, room, margin, ink)
+    if at is not None:
+        place = margin + 2 + at * room // whole
+        axis = f"{axis[:place]}{ink.here}{axis[place + 1 :]}"
+    return "\n".join([*rows, axis, words])
 
 
 def _range(columns: Iterable[tuple[float, float]]) -> tuple[float, float]:
@@ -66,7 +93,7 @@ def _range(columns: Iterable[tuple[float, float]]) -> tuple[float, float]:
     return (low, high) if low < high else (0.0, 1.0)
 
 
-def _columns(value: Callable[[int], float], steps: int, count: int) -> Iterator[tuple[float, float]]:
+def _columns(value: Curve, steps: int, count: int) -> Iterator[tuple[float, float]]:
     """The least and the greatest value in each of `count` columns."""
     for column in range(count):
         first = column * steps // count
@@ -94,19 +121,33 @@ def _spans(
     return spans
 
 
-def _lines(spans: Sequence[tuple[int, int]], height: int, ink: _Ink) -> Iterator[str]:
+def _lines(
+    spans: Sequence[tuple[int, int]], faint: Sequence[tuple[int, int]], height: int, ink: _Ink
+) -> Iterator[str]:
     """The rows of characters, from the top."""
+    columns = max(-(-len(spans) // ink.across), len(faint))
+    aside = [
+        _aside(spans[k * ink.across : (k + 1) * ink.across], faint[k : k + 1], ink) for k in range(columns)
+    ]
     for row in reversed(range(height)):
         line = ""
-        for left in range(0, len(spans), ink.across):
+        for left in range(0, columns * ink.across, ink.across):
             here = [
                 (x, y)
                 for x, (first, last) in enumerate(spans[left : left + ink.across])
                 for y in range(ink.up)
                 if first <= row * ink.up + y <= last
             ]
-            line += ink.mark(here) if here else " "
+            line += ink.mark(here) if here else ink.faint if row in aside[left // ink.across] else " "
         yield line
+
+
+def _aside(own: Sequence[tuple[int, int]], faint: Sequence[tuple[int, int]], ink: _Ink) -> range:
+    """The rows of a column in which the curve behind shows: none where it is the one in front."""
+    for low, high in faint:
+        if not own or low < min(own)[0] - 1 or high > max(last for _, last in own) + 1:
+            return range(low // ink.up, high // ink.up + 1)
+    return range(0)
 
 
 def _floor(steps: int, room: int, margin: int, ink: _Ink) -> tuple[str, str]:

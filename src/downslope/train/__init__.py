@@ -1,6 +1,7 @@
 """Training: a Training owns everything that resumes; a run is a folder that survives kill -9 at any time."""
 
 from downslope.train.batches import Batches, BatchLost
+from downslope.train.branch import Branch, branch
 from downslope.train.checkpoint import Damaged
 from downslope.train.history import history, losses
 from downslope.train.order import order, steps_per_epoch
@@ -18,6 +19,7 @@ __all__ = [
     "Attempt",
     "BatchLost",
     "Batches",
+    "Branch",
     "Checkpoints",
     "Damaged",
     "Diverged",
@@ -32,6 +34,7 @@ __all__ = [
     "Snapshot",
     "TrainState",
     "Training",
+    "branch",
     "history",
     "keep_generators",
     "losses",

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 
 from downslope.errors import BadInput
 from downslope.folder import read_file
+from downslope.journal import Event
 from downslope.recipe import Recipe
 from downslope.tasks import Data, Entry, Task, reopen, size
 from downslope.train.fingerprint import fingerprint
@@ -21,7 +22,9 @@ from downslope.version import __version__
 
 SCHEMA = 1
 _LARGEST = 2**20
-_IDENTITY = ("task", "entry", "seed", "steps", "data")
+_IDENTITY = ("task", "entry", "seed", "steps", "data", "parent")
+_PARENT = {"folder", "plan", "step", "sha", "asked", "first"}
+_LATER = {"parent": None}  # what older files have not, and what that means; it is not written where it is so
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,9 @@ class Plan:
     """Task, data, recipe, seed and length of a run, and how often it is looked at and saved.
 
     `valid_every` and `save_every` count updates; without the latter a run is saved once a minute. `entry` is
-    None for a task that no other process can find. Of data in memory, `data` has the SHA-256.
+    None for a task that no other process can find. Of data in memory, `data` has the SHA-256. `parent`, of a
+    branch: folder, SHA-256 of the plan, step and SHA-256 of the checkpoint that it goes on from, what was
+    `asked`, and name and SHA-256 of its own `first` checkpoint.
     """
 
     task: str
@@ -43,6 +48,7 @@ class Plan:
     save_every: int | None
     versions: Mapping[str, str]
     schema: int = SCHEMA
+    parent: Mapping[str, Any] | None = None
 
     @classmethod
     def of(
@@ -81,10 +87,11 @@ class Plan:
             )
             raise BadInput(f"there is no run in {folder}.{race}")
         try:
-            data = json.loads(read_file(path, _LARGEST))
+            data = {**_LATER, **json.loads(read_file(path, _LARGEST))}
             if data.get("schema", SCHEMA) > SCHEMA:
                 raise BadInput(f"{path} was written by a newer version of downslope.")
-            if data.keys() != {item.name for item in fields(cls)}:
+            parent = data["parent"]
+            if data.keys() != {item.name for item in fields(cls)} or (parent and parent.keys() != _PARENT):
                 raise ValueError("its keys are not those of a run")
             return cls(**data)
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -94,12 +101,20 @@ class Plan:
 
     def text(self) -> bytes:
         """The file."""
-        return json.dumps(asdict(self), indent=1, allow_nan=False).encode() + b"\n"
+        told = {key: value for key, value in asdict(self).items() if _LATER.get(key, ...) != value}
+        return json.dumps(told, indent=1, allow_nan=False).encode() + b"\n"
 
     @property
     def sha(self) -> str:
         """The SHA-256 of the file, which the journal's first event has too."""
         return hashlib.sha256(self.text()).hexdigest()
+
+    @property
+    def first(self) -> list[Event]:
+        """Of a branch, the checkpoint that it begins with, as its journal has it behind the start."""
+        if self.parent is None:
+            return []
+        return [{"kind": "checkpoint", "step": self.parent["step"], **self.parent["first"], "after": 0}]
 
     def same(self, other: "Plan", folder: object) -> None:
         """BadInput, saying what differs, unless both are one run."""
@@ -127,6 +142,18 @@ class Plan:
             f"The run began with other versions ({', '.join(changed)}): its bits may differ."
             if changed
             else ""
+        )
+
+    def branched(self, task: Task, recipe: Recipe, steps: int, parent: Mapping[str, Any]) -> "Plan":
+        """The plan of a run that goes on from a checkpoint of this one by another recipe."""
+        return replace(
+            self,
+            entry=task.entry.data() if task.entry else None,
+            data=about_data(task),
+            recipe=recipe.text(),
+            steps=steps,
+            versions=_versions(),
+            parent=parent,
         )
 
     def find_task(self, task: Task | None, allow_code_change: bool) -> Task:

@@ -131,7 +131,7 @@ def train(
     with joined(shard, patience) as ranks:
         ranks.check_same("a training", plan.sha)
         begun = ranks.told(lambda: (path / "run.json").exists())
-        if ranks.leads and not begun and path.is_dir() and (others := _foreign(path)):
+        if ranks.leads and not begun and path.is_dir() and (others := foreign(path)):
             raise BadInput(f"{out} is not a run, it holds {others[0]}: give another folder.")
         # Made before the folder is: what is wrong with task or recipe shows here, and leaves nothing behind.
         fresh = None if begun else Training(task, recipe, seed, plan.threads, ranks=ranks)
@@ -139,7 +139,7 @@ def train(
             return _follow(path, task, background, ranks, fresh)
         with RunFolder(out) as folder:
             if (path / "run.json").exists():
-                begun_as = _plan(path)
+                begun_as = plan_in(path)
                 begun_as.same(plan, out)
                 return _go_on(folder, begun_as, task, begun_as.find_recipe(out), quiet, background, ranks)
             folder.write("recipe.toml", plan.recipe.encode())
@@ -165,7 +165,7 @@ def resume(
     before, numbers are equal only to rounding. `patience`: seconds without progress until ranks are given up.
     """
     path = Path(out)
-    plan = _plan(path)
+    plan = plan_in(path)
     recipe = plan.find_recipe(path)
     task = plan.find_task(task, allow_code_change)
     with joined(shard, patience) as ranks:
@@ -189,8 +189,9 @@ def _go_on(
     with disk(f"write the folder {path}"):
         (path / "ckpt").mkdir(mode=0o700, exist_ok=True)
     show = Show(plan.task, plan.steps, task.metric_name, quiet)
+    how: dict[str, Any] = {"world": ranks.world, "shard": ranks.shard}
     with Journal.open(path / "journal.jsonl") as journal, show:
-        everything = read(journal.path)
+        everything = _begun(journal, plan, {**_start(plan, task, recipe), **how})
         past = history(everything)
         for sentence in filter(None, [plan.other_versions(), _other_ranks(everything, ranks)]):
             show.say(sentence)
@@ -199,13 +200,12 @@ def _go_on(
         found, after, damaged = store.newest(
             past, lambda at, sha: Training.load(at, task, recipe, sha, ranks)
         )
-        state = found or fresh or Training(task, recipe, plan.seed, plan.threads, ranks=ranks)
+        state = found or fresh or _new(plan, task, recipe, ranks, damaged)
         for sentence in damaged:
             show.say(f"{sentence} Going on from step {state.step}.")
         ended = next((event for event in past if event["kind"] == "end"), None)
         ranks.told(lambda: {"past": _brief(past, after), "ended": ended})
         if ended is None or not state.done:
-            how: dict[str, Any] = {"world": ranks.world, "shard": ranks.shard}
             if past:
                 entry = task.entry.data() if task.entry else None
                 journal.append("resume", step=state.step, after=after, damaged=damaged, entry=entry, **how)
@@ -216,6 +216,21 @@ def _go_on(
     return _run(path, plan, task, state, ended)
 
 
+def _begun(journal: Journal, plan: Plan, start: dict[str, Any]) -> list[Event]:
+    """The events so far; a branch begins with the checkpoint that its plan vouches for."""
+    if journal.last < 0 and plan.first:
+        first = [(event["kind"], {k: v for k, v in event.items() if k != "kind"}) for event in plan.first]
+        journal.extend([("start", start), *first])
+    return read(journal.path)
+
+
+def _new(plan: Plan, task: Task, recipe: Recipe, ranks: Ranks, damaged: Sequence[str] = ()) -> Training:
+    """The state at step 0, which a branch has not."""
+    if plan.parent is not None:
+        raise BadInput(f"{' '.join(damaged)} The branch has no other checkpoint: make it again elsewhere.")
+    return Training(task, recipe, plan.seed, plan.threads, ranks=ranks)
+
+
 def _follow(path: Path, task: Task, background: bool, ranks: Ranks, fresh: Training | None = None) -> Run:
     """The part of a rank that leaves deciding to the first: it goes on from where that one does, which it
     finds in the same folder, and writes there what of the state it alone has.
@@ -224,7 +239,7 @@ def _follow(path: Path, task: Task, background: bool, ranks: Ranks, fresh: Train
     recipe = Recipe.parse(plan.recipe)
     store = Store(path / "ckpt", Elsewhere(path / "journal.jsonl"), background, ranks=ranks)
     found, _, _ = store.newest([], lambda at, sha: Training.load(at, task, recipe, sha, ranks))
-    state = found or fresh or Training(task, recipe, plan.seed, plan.threads, ranks=ranks)
+    state = found or fresh or _new(plan, task, recipe, ranks)
     said = ranks.told(dict[str, Any])
     past, ended = said["past"], said["ended"]
     if ended is None or not state.done:
@@ -255,7 +270,7 @@ def _other_ranks(events: Sequence[Event], ranks: Ranks) -> str:
     )
 
 
-def _plan(path: Path) -> Plan:
+def plan_in(path: Path) -> Plan:
     """The plan in a run's folder, which must be the one that its journal began with."""
     plan, journal = Plan.read(path), path / "journal.jsonl"
     events = read(journal) if journal.exists() else []
@@ -266,6 +281,7 @@ def _plan(path: Path) -> Plan:
 
 def _start(plan: Plan, task: Task, recipe: Recipe) -> dict[str, Any]:
     about = {"metric": task.metric_name, "higher_is_better": task.higher_is_better, "plan": plan.sha}
+    about |= {} if plan.parent is None else {"parent": plan.parent}
     return {"task": plan.task, "recipe": recipe.hash, "seed": plan.seed, "steps": plan.steps, **about}
 
 
@@ -305,7 +321,7 @@ def _run(path: Path, plan: Plan, task: Task, state: Training, ended: Event) -> R
     )
 
 
-def _foreign(path: Path) -> list[str]:
+def foreign(path: Path) -> list[str]:
     """What is no part of a run, nor what a killed writer of one leaves behind."""
     names = sorted(entry.name for entry in path.iterdir())
     return [name for name in names if name not in _OURS and not re.fullmatch(r"\..+\.tmp", name)]
