@@ -26,7 +26,7 @@ from downslope.race import race as run_race
 from downslope.recipe import Recipe
 from downslope.report import report as write_report
 from downslope.tasks import Task, frames, size, task
-from downslope.train import Branch, Run, steps_per_epoch, verify_resume
+from downslope.train import Arithmetic, Branch, Run, steps_per_epoch, verify_resume
 from downslope.train import branch as change_plan
 from downslope.train import resume as go_on
 from downslope.train import train as run_training
@@ -58,6 +58,10 @@ Shard = Annotated[
     bool,
     typer.Option("--shard", help="Weights lie in parts on the processes (FSDP2), not whole on each (DDP)."),
 ]
+Precision = Annotated[
+    str | None, typer.Option(help="bf16 or fp16: autocast, weights stay float32. Default: float32.")
+]
+Compile = Annotated[bool, typer.Option("--compile", help="Compile the model by torch.compile.")]
 Patience = Annotated[
     float, typer.Option(help="Seconds without progress after which processes are started anew.")
 ]
@@ -161,13 +165,15 @@ def train(
         bool, typer.Option("--scale-rate", help="Move the rate with --batch-size, by the rule's kind.")
     ] = False,
     seed: Seed = 0,
+    precision: Precision = None,
+    compile: Compile = False,
     nproc: Nproc = None,
     shard: Shard = False,
     patience: Patience = PATIENCE,
     as_json: Json = False,
 ) -> int:
     """Train a task by one recipe."""
-    given = Recipe.load(recipe) if recipe else None
+    given, how = Recipe.load(recipe) if recipe else None, Arithmetic(precision, compile)
     if scale_rate and batch_size is None:
         raise BadInput("--scale-rate moves the rate with the batch: give --batch-size.")
     with _aside():
@@ -178,13 +184,16 @@ def train(
         folder = out or Path("runs", f"{found.name}-{chosen.hash[:8]}-{seed}")
         if nproc is None:
             with _stoppable(_again(folder, shard)):
-                done = run_training(found, chosen, out=folder, seed=seed, shard=shard, patience=patience)
+                done = run_training(
+                    found, chosen, out=folder, seed=seed, shard=shard, patience=patience, **how.data()
+                )
     if nproc is None:
         return _trained(done, as_json)
     arguments = ["train", name, "--seed", str(seed), "--out", str(folder)]
     arguments += ["--recipe", str(recipe)] if recipe else []
     arguments += ["--batch-size", str(batch_size)] if batch_size is not None else []
     arguments += ["--scale-rate"] * scale_rate
+    arguments += [*(["--precision", precision] if precision else []), *["--compile"] * compile]
     return _supervised(nproc, arguments, folder, shard, patience, as_json)
 
 
@@ -243,6 +252,8 @@ def verify(
     recipe: Annotated[Path | None, typer.Option(help="A recipe in TOML. Default: the task's own.")] = None,
     steps: Annotated[int, typer.Option(help="Updates; half of them before the stop.")] = 20,
     seed: Seed = 0,
+    precision: Precision = None,
+    compile: Compile = False,
     nproc: Nproc = None,
     shard: Shard = False,
     timeout: Annotated[float, typer.Option(help="Seconds that a fresh process may take.")] = 600,
@@ -250,7 +261,8 @@ def verify(
 ) -> int:
     """Prove that a training goes on from a checkpoint bit for bit, or say what is lost. Exit code 1 if so."""
     asked = Recipe.load(recipe) if recipe is not None else None
-    proof = verify_resume(name, asked, steps, seed, timeout, nproc=nproc or 1, shard=shard)
+    how = Arithmetic(precision, compile).data()
+    proof = verify_resume(name, asked, steps, seed, timeout, nproc=nproc or 1, shard=shard, **how)
     _answer(as_json, proof.data(), lambda: str(proof))
     return 0 if proof else 1
 

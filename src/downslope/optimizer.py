@@ -429,12 +429,13 @@ class Optimizer(torch.optim.Optimizer):
     ) -> None:
         """Shorten the step until the loss falls by the share of its slope that Armijo asks for."""
         part = next(part for chain in self._chains if (part := chain.search))
+        if machine.scale != 1.0:
+            raise BadInput(f"{part.name} compares losses with gradients: do without a GradScaler.")
         shrink, slope = (float(self.param_groups[0][name]) for name in ("shrink", "slope"))
         kept, rate = machine.weights(), 1.0
         shares = [member.share for member in machine.members]
         loss = averaged(loss, shares)
-        gradients = [member.parameter.grad for member in machine.members]
-        gradients = [None if g is None else g.clone() for g in gradients]
+        gradients = [None if (g := m.parameter.grad) is None else g.clone() for m in machine.members]
         for _ in range(TRIALS):
             if culprits := machine.run("step", active, self.steps + 1, rate):
                 self.skipped = Skipped(tuple(culprits))

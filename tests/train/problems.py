@@ -140,3 +140,44 @@ def clock(seed: int = 0) -> ds.Task:
         return noisy(model, batch) * (1 + 1e-3 * (time.time() % 1))
 
     return task(seed, loss=loss, metric=ds.accuracy)
+
+
+class Plain(nn.Module):
+    """Weights used twice, a layer norm that autocast leaves in float32, and numbers that may overflow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(6, 12), nn.LayerNorm(12)
+        self.again, self.head = nn.Linear(12, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.again(self.norm(self.first(x)).relu())
+        return self.head(self.again(x).relu())
+
+
+def entropy(model: nn.Module, batch: Any) -> Tensor:
+    inputs, targets = batch
+    return nn.functional.cross_entropy(model(inputs), targets)
+
+
+def spiking(model: nn.Module, batch: Any) -> Tensor:
+    """For the batch with sample 40, gradients overflow in fp16 under a scale, and not without one."""
+    sample = parts(0)["train"][0][40]
+    bad = model.training and bool((batch[0] == sample).all(dim=1).any())
+    return entropy(model, batch) + (3e3 * model(batch[0]).float().mean() if bad else 0.0)
+
+
+def overflowing(seed: int = 0) -> ds.Task:
+    """Gradients of fp16 overflow in the middle."""
+    return task(seed, model=Plain, loss=spiking)
+
+
+def sequence() -> nn.Module:
+    """A class of torch's own, which its `nn.Module.compile` leaves as it is."""
+    return nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Dropout(0.3), nn.LayerNorm(12), nn.Linear(12, 3))
+
+
+def sequential(seed: int = 0) -> ds.Task:
+    """Something to compile, with draws."""
+    mild = ds.Recipe(ds.chain(ds.momentum(lr=0.05)), steps=40, batch_size=16)
+    return task(seed, model=sequence, loss=entropy, recipe=mild)

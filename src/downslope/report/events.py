@@ -230,6 +230,8 @@ class Start(Record):
     metric: Words = "metric"
     higher_is_better: bool = True
     parent: Parent | None = None
+    precision: Words = ""
+    compile: bool = False
 
 
 class Move(Record):
@@ -256,11 +258,14 @@ class Step(Move):
 
 
 class Skip(Record):
-    """An update that was not applied, because these gradients were not finite."""
+    """An update that was not applied, because these gradients were not finite; under the loss `scale` of a
+    scaler, which it then lowers, if that is given.
+    """
 
     step: Count
     names: tuple[Words, ...] = ()
     culprit: Words = ""
+    scale: float | None = None
 
 
 class Deed(Record):

@@ -238,6 +238,9 @@ def _facts(log: Log) -> list[Fact]:
         facts.append(Fact("Recipe", f"hash {log.start.recipe[:12]}"))
     if parent := log.start.parent:
         facts.append(Fact("Branch", f"of {redact(parent.folder)} from step {parent.step} on"))
+    if log.start.precision or log.start.compile:
+        words = [log.start.precision or "float32", *["compiled"] * log.start.compile]
+        facts.append(Fact("Computed in", ", ".join(words)))
     if log.players:
         facts.append(Fact("Players", f"{clip(listing(log.players))}; a step is a round of them"))
     loss = "mean over the batch while training; mean over the whole part in validation"
@@ -247,14 +250,21 @@ def _facts(log: Log) -> list[Fact]:
 
 
 def _notes(log: Log) -> list[str]:
-    if not log.skips:
-        return []
-    names = list(dict.fromkeys(name for skip in log.skips for name in skip.names))
-    many = len(log.skips) > 1
-    text = (
-        f"{plural(len(log.skips), 'update')} {'were' if many else 'was'} skipped: a gradient was not finite"
-    )
-    return [text + (f" (in {named(names)})." if names else ".")]
+    scaled = [skip for skip in log.skips if skip.scale is not None]
+    skips = [skip for skip in log.skips if skip.scale is None]
+    notes = []
+    if skips:
+        names = list(dict.fromkeys(name for skip in skips for name in skip.names))
+        text = f"{_skipped(len(skips))}: a gradient was not finite"
+        notes.append(text + (f" (in {named(names)})." if names else "."))
+    if scaled:
+        least = min(skip.scale or 1.0 for skip in scaled) / 2
+        notes.append(f"{_skipped(len(scaled))} while the loss scale of fp16 fell, to {least:g} at last.")
+    return notes
+
+
+def _skipped(count: int) -> str:
+    return f"{plural(count, 'update')} {'were' if count > 1 else 'was'} skipped"
 
 
 def _recipe(log: Log, path: Path) -> Recipe | None:

@@ -143,7 +143,7 @@ class _Ladder(Live):
             self.cutting = max(0, self.cutting - 1)
             if self.quiet >= self.strategy.calm:
                 self.rung = -1
-        else:
+        elif names or self._why != _ASTRAY:  # else fp16 finds its scale
             self._climb()
 
     def tensors(self) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from downslope.train.checkpoint import Damaged
 from downslope.train.history import history, losses
 from downslope.train.order import order, steps_per_epoch
 from downslope.train.player import Diverged, Move, Side
+from downslope.train.precision import Arithmetic
 from downslope.train.proof import Proof, verify_resume
 from downslope.train.run import Run, resume, train
 from downslope.train.sampler import Sampler
@@ -16,6 +17,7 @@ from downslope.train.trainer import keep_generators
 from downslope.train.training import Attempt, Evaluation, Training
 
 __all__ = [
+    "Arithmetic",
     "Attempt",
     "BatchLost",
     "Batches",

@@ -234,7 +234,9 @@ def _made(path: Path, plan: Plan, out: Path | None, task: Task, asked: Asked) ->
         raise BadInput(f"[stop] has ended the run at step {state.step}: begin at an earlier one (at=…).")
     change = _Change(state, plan, old, asked)
     found = change.branch(path, out, damaged)
-    fresh = Training(task, found.recipe, plan.seed, plan.threads, fresh=False)  # refuses what does not fit
+    fresh = Training(  # refuses what does not fit
+        task, found.recipe, plan.seed, plan.threads, fresh=False, **plan.arithmetic.data()
+    )
     change.turn(fresh)
     if out is not None:
         parent: dict[str, Any] = {"folder": str(path), "plan": plan.sha, "step": state.step, "sha": sha}

@@ -113,6 +113,7 @@ class Loop:
                 fields["batches"] = attempt.batches
             if attempt.skipped:
                 fields |= {"culprit": attempt.culprit} if attempt.culprit else {}
+                fields |= {"scale": attempt.scale} if attempt.scale else {}
                 named = list(attempt.skipped[:_NAMES])
                 events.append(("skip", {**fields, "names": named, "count": len(attempt.skipped)}))
             if attempt.applied or not (attempt.skipped or attempt.told):

@@ -18,13 +18,15 @@ from downslope.recipe import Recipe
 from downslope.tasks import Data, Entry, Task, reopen, size
 from downslope.train.fingerprint import fingerprint
 from downslope.train.order import steps_per_epoch
+from downslope.train.precision import PLAIN, Arithmetic
 from downslope.version import __version__
 
 SCHEMA = 1
 _LARGEST = 2**20
-_IDENTITY = ("task", "entry", "seed", "steps", "data", "parent")
+_IDENTITY = ("task", "entry", "seed", "steps", "data", "precision", "compile", "parent")
 _PARENT = {"folder", "plan", "step", "sha", "asked", "first"}
-_LATER = {"parent": None}  # what older files have not, and what that means; it is not written where it is so
+_LATER = {"parent": None, "precision": None, "compile": False}
+"""What older files have not, and what that means; it is not written where it is so."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Plan:
     `valid_every` and `save_every` count updates; without the latter a run is saved once a minute. `entry` is
     None for a task that no other process can find. Of data in memory, `data` has the SHA-256. `parent`, of a
     branch: folder, SHA-256 of the plan, step and SHA-256 of the checkpoint that it goes on from, what was
-    `asked`, and name and SHA-256 of its own `first` checkpoint.
+    `asked`, and name and SHA-256 of its own `first` checkpoint. `precision`, `compile`: see Arithmetic.
     """
 
     task: str
@@ -49,6 +51,8 @@ class Plan:
     versions: Mapping[str, str]
     schema: int = SCHEMA
     parent: Mapping[str, Any] | None = None
+    precision: str | None = None
+    compile: bool = False
 
     @classmethod
     def of(
@@ -58,6 +62,7 @@ class Plan:
         seed: int,
         valid_every: int | None = None,
         save_every: int | None = None,
+        arithmetic: Arithmetic = PLAIN,
     ) -> "Plan":
         """The plan of a training that begins; validated 20 times on the way unless told otherwise."""
         for name, every in (("valid_every", valid_every), ("save_every", save_every)):
@@ -75,6 +80,7 @@ class Plan:
             valid_every=valid_every or max(steps // 20, 1),
             save_every=save_every,
             versions=_versions(),
+            **arithmetic.data(),
         )
 
     @classmethod
@@ -93,7 +99,9 @@ class Plan:
             parent = data["parent"]
             if data.keys() != {item.name for item in fields(cls)} or (parent and parent.keys() != _PARENT):
                 raise ValueError("its keys are not those of a run")
-            return cls(**data)
+            plan = cls(**data)
+            _ = plan.arithmetic  # refuses what is none
+            return plan
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, BadInput):
                 raise
@@ -103,6 +111,11 @@ class Plan:
         """The file."""
         told = {key: value for key, value in asdict(self).items() if _LATER.get(key, ...) != value}
         return json.dumps(told, indent=1, allow_nan=False).encode() + b"\n"
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """How it computes."""
+        return Arithmetic(self.precision, self.compile)
 
     @property
     def sha(self) -> str:

@@ -15,6 +15,7 @@ from downslope.errors import BadInput, DownslopeError, nearest
 from downslope.parallel import Objective, lost
 from downslope.recipe import Recipe
 from downslope.tasks import Batch, Task, guest
+from downslope.train.precision import FLOOR
 
 SKIPS = 20
 """Updates that may be skipped in a row before a training is given up."""
@@ -33,18 +34,22 @@ class _Refused(Exception):  # noqa: N818  no error: the update is not to be made
 
 class Move(NamedTuple):
     """One player's turn: its loss (detached, before the update), its rate (of the first group), the names of
-    parameters whose gradients were not finite, and whether the update was applied.
+    parameters whose gradients were not finite, and whether the update was applied. `scale`: the loss scale
+    under which they overflowed, where it is the scaler's work to find a lower one.
     """
 
     loss: Tensor
     lr: float | None
     skipped: tuple[str, ...]
     applied: bool
+    scale: float | None = None
 
     @property
     def astray(self) -> bool:
-        """Whether loss or gradients were not finite."""
-        return bool(self.skipped) or not (self.applied or bool(torch.isfinite(self.loss)))
+        """Whether loss or gradients were not finite, and not because of the scale."""
+        return (bool(self.skipped) and self.scale is None) or not (
+            self.applied or bool(torch.isfinite(self.loss))
+        )
 
 
 class Side:
@@ -69,6 +74,7 @@ class Side:
         self._before = f"{name}." if name else ""
         self._guarded = guest(f"The loss of {name or task.name or 'the task'}")
         self.skips = 0
+        self.scaler: torch.amp.GradScaler | None = None
         # Schedules count a player's own updates, each of which takes `every` batches of the data.
         mine = recipe.players.get(name, recipe)
         mine = replace(mine, batch_size=recipe.batch_size * self.every, strategies=recipe.strategies)
@@ -82,6 +88,12 @@ class Side:
     def part_name(self) -> str:
         """Its optimizer's name among the parts of the training's state."""
         return f"optimizer.{self.name}" if self.name else "optimizer"
+
+    @property
+    def scalers(self) -> dict[str, torch.amp.GradScaler]:
+        """Its gradient scaler, if it has one, by name among the parts of the training's state."""
+        name = f"scaler.{self.name}" if self.name else "scaler"
+        return {} if self.scaler is None else {name: self.scaler}
 
     def due(self, step: int) -> bool:
         """Whether it moves in round `step`, from 0."""
@@ -102,7 +114,7 @@ class Side:
                 losses = []
                 for place, (piece, share) in enumerate(pieces, 1):
                     with objective.piece(last=place == len(pieces)):
-                        losses.append(_backward(objective.of(self.loss, piece), share))
+                        losses.append(_backward(objective.of(self.loss, piece), share, self.scaler))
             total = objective.ranks.mean(losses[0] if len(losses) == 1 else torch.stack(losses).sum())
             if admits is not None and not asked:
                 asked.append(total)
@@ -111,9 +123,12 @@ class Side:
             return total
 
         asked: list[Tensor] = []
+        scale = None
         with lost(), self._alone:
             try:
-                if optimizer.asks_again:
+                if self.scaler is not None:
+                    loss, scale = self._scaled(self.scaler, closure)
+                elif optimizer.asks_again:
                     loss = optimizer.step(closure)
                 else:
                     loss = closure()
@@ -121,9 +136,32 @@ class Side:
             except _Refused:
                 return Move(asked[0].detach(), lr, (), False)
         names = optimizer.skipped.names if optimizer.skipped else ()
-        self.skips = self.skips + 1 if names else 0
+        self.skips = self.skips + 1 if names and scale is None else 0
         skipped = tuple(f"{self._before}{name}" for name in names)
-        return Move(loss.detach(), lr, skipped, optimizer.steps > before)
+        return Move(loss.detach(), lr, skipped, optimizer.steps > before, scale)
+
+    def _scaled(
+        self, scaler: torch.amp.GradScaler, closure: Callable[[], Tensor]
+    ) -> tuple[Tensor, float | None]:
+        """An update by gradients of a loss times a scale; the loss, and the scale if they overflowed under it
+        though the loss is finite.
+        """
+        optimizer = self.optimizer
+        loss = closure()
+        if all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
+            return loss, None
+        waiting, scale = [loss], scaler.get_scale()
+
+        def again() -> Tensor:
+            return waiting.pop() if waiting else closure()
+
+        scaler.step(optimizer, *([again] if optimizer.asks_again else []))
+        scaler.update()
+        if not optimizer.skipped:
+            return loss, None
+        if scaler.get_scale() == scale:  # a second gradient overflowed, at which torch's scaler does not look
+            scaler.update(scale * scaler.get_backoff_factor())
+        return loss, scale if scale > FLOOR and bool(torch.isfinite(loss)) else None
 
     def check(self, step: int, skipped: tuple[str, ...]) -> None:
         """After an update that was not applied: raise Diverged or BadInput if none ever will be."""
@@ -205,13 +243,14 @@ def check_players(task: Task, recipe: Recipe) -> None:
             )
 
 
-def _backward(loss: Tensor, share: float) -> Tensor:
+def _backward(loss: Tensor, share: float, scaler: torch.amp.GradScaler | None) -> Tensor:
     """Send a loss backward, as a share of the whole. ValueError if it is not one number."""
     if not isinstance(loss, Tensor) or loss.ndim:
         given = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
         raise ValueError(f"a loss must be a tensor with one number (0-d), got {given}")
     part = loss if share == 1.0 else loss * share
-    part.backward()  # type: ignore[no-untyped-call]
+    sent = part if scaler is None else scaler.scale(part)
+    sent.backward()  # type: ignore[no-untyped-call]
     return part.detach()
 
 

@@ -21,6 +21,7 @@ from downslope.recipe import Recipe
 from downslope.tasks import Entry, Task, made_by, reopen
 from downslope.tasks import task as find
 from downslope.train.checkpoint import dump
+from downslope.train.precision import Arithmetic
 from downslope.train.subject import Subject, subject_of
 from downslope.train.surroundings import kept
 
@@ -73,20 +74,23 @@ def verify_resume(
     *,
     nproc: int = 1,
     shard: bool = False,
+    precision: str | None = None,
+    compile: bool = False,
 ) -> Proof:
     """Train `steps` straight, and again with a save, a fresh process and a load half way; compare every bit.
 
     `target`: a task, or path/to/file.py:function of your own. That returns a TrainState and a function that
     makes one update; or a transformers.Trainer; or a lightning.Trainer with what its fit takes; or an object
     with advance(steps), save(folder), load(folder), fields().
-    With `nproc`, that many ranks train a task together (`shard`: FSDP2). `timeout`: seconds for a process.
-    Raises BadInput for what a fresh process cannot find, DownslopeError if one fails. Not for: a whole
-    training, of which some steps show as much.
+    With `nproc`, that many ranks train a task together (`shard`: FSDP2); `precision` and `compile` are those
+    of `train`. `timeout`: seconds for a process. Raises BadInput for what a fresh process cannot find,
+    DownslopeError if one fails. Not for: a whole training, of which some steps show as much.
 
     In a test: `assert downslope.verify_resume("train.py:make_run")`.
     """
     if type(steps) is not int or steps < 2:
         raise BadInput(f"steps must be a whole number from 2, got {steps!r}.")
+    how = Arithmetic(precision, compile)
     made, entry = _made(target)
     if nproc != 1 and not isinstance(made, Task):
         raise BadInput("the ranks of a loop of your own are its own matter: nproc is for tasks.")
@@ -98,11 +102,12 @@ def verify_resume(
         "loaded": half,
         "steps": steps - half,
         "shard": shard,
+        "arithmetic": how.data(),
     }
     with tempfile.TemporaryDirectory() as place:
         folder = str(Path(place, "half"))
         if nproc == 1:
-            with kept(), closing(subject_of(made, entry, recipe, seed)) as subject:
+            with kept(), closing(subject_of(made, entry, recipe, seed, arithmetic=how)) as subject:
                 straight = _straight(subject, half, steps - half, folder)
         else:
             straight = _fresh(Path(place), {**about, "half": half, "folder": folder}, timeout, nproc)
@@ -136,7 +141,8 @@ def _answer(asked: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
     if made is None or isinstance(made, Task):
         made = reopen(entry)
     recipe = Recipe.parse(asked["recipe"]) if asked["recipe"] is not None else None
-    with closing(subject_of(made, entry, recipe, asked["seed"], ranks)) as subject:
+    how = Arithmetic.of(asked["arithmetic"])
+    with closing(subject_of(made, entry, recipe, asked["seed"], ranks, how)) as subject:
         if "half" in asked:
             return _straight(subject, asked["half"], asked["steps"], asked["folder"])
         subject.load(asked["folder"], asked["loaded"])

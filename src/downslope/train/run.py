@@ -27,6 +27,7 @@ from downslope.train import checkpoint
 from downslope.train.history import history, losses
 from downslope.train.loop import Loop
 from downslope.train.plan import Plan
+from downslope.train.precision import Arithmetic, uncompiled
 from downslope.train.progress import Show
 from downslope.train.store import Elsewhere, Store
 from downslope.train.training import Evaluation, Training
@@ -117,24 +118,27 @@ def train(
     background: bool = False,
     shard: bool = False,
     patience: float = PATIENCE,
+    precision: str | None = None,
+    compile: bool = False,
 ) -> Run:
     """Train a task (or the address of one) by a recipe, the task's own unless given, in the folder `out`.
 
     Validated every `valid_every` updates (default: 20 times), saved every `save_every` (default: once a
     minute, in the `background` if so), tested once, at the end. After kill -9 at any instant the same call,
     or `resume`, goes on and ends in the same bits. SIGINT and SIGTERM save first. BadInput if the folder
-    holds anything but this run. Under torchrun every rank calls it: see `resume`.
+    holds anything but this run. Under torchrun every rank calls it: see `resume`. `precision`: "bf16" or
+    "fp16" for autocast; `compile`: the model, by torch.compile.
     """
     task = find(task) if isinstance(task, str) else task
     recipe, path = recipe or task.recipe, Path(out)
-    plan = Plan.of(task, recipe, seed, valid_every, save_every)
+    plan = Plan.of(task, recipe, seed, valid_every, save_every, Arithmetic(precision, compile))
     with joined(shard, patience) as ranks:
         ranks.check_same("a training", plan.sha)
         begun = ranks.told(lambda: (path / "run.json").exists())
         if ranks.leads and not begun and path.is_dir() and (others := foreign(path)):
             raise BadInput(f"{out} is not a run, it holds {others[0]}: give another folder.")
         # Made before the folder is: what is wrong with task or recipe shows here, and leaves nothing behind.
-        fresh = None if begun else Training(task, recipe, seed, plan.threads, ranks=ranks)
+        fresh = None if begun else _new(plan, task, recipe, ranks)
         if not ranks.leads:
             return _follow(path, task, background, ranks, fresh)
         with RunFolder(out) as folder:
@@ -198,7 +202,7 @@ def _go_on(
         ranks.told(lambda: plan.text().decode())
         store = Store(path / "ckpt", journal, background, ranks=ranks)
         found, after, damaged = store.newest(
-            past, lambda at, sha: Training.load(at, task, recipe, sha, ranks)
+            past, lambda at, sha: Training.load(at, task, recipe, sha, ranks, plan.arithmetic)
         )
         state = found or fresh or _new(plan, task, recipe, ranks, damaged)
         for sentence in damaged:
@@ -228,7 +232,7 @@ def _new(plan: Plan, task: Task, recipe: Recipe, ranks: Ranks, damaged: Sequence
     """The state at step 0, which a branch has not."""
     if plan.parent is not None:
         raise BadInput(f"{' '.join(damaged)} The branch has no other checkpoint: make it again elsewhere.")
-    return Training(task, recipe, plan.seed, plan.threads, ranks=ranks)
+    return Training(task, recipe, plan.seed, plan.threads, ranks=ranks, **plan.arithmetic.data())
 
 
 def _follow(path: Path, task: Task, background: bool, ranks: Ranks, fresh: Training | None = None) -> Run:
@@ -238,7 +242,9 @@ def _follow(path: Path, task: Task, background: bool, ranks: Ranks, fresh: Train
     plan = Plan(**json.loads(ranks.told(str)))
     recipe = Recipe.parse(plan.recipe)
     store = Store(path / "ckpt", Elsewhere(path / "journal.jsonl"), background, ranks=ranks)
-    found, _, _ = store.newest([], lambda at, sha: Training.load(at, task, recipe, sha, ranks))
+    found, _, _ = store.newest(
+        [], lambda at, sha: Training.load(at, task, recipe, sha, ranks, plan.arithmetic)
+    )
     state = found or fresh or _new(plan, task, recipe, ranks)
     said = ranks.told(dict[str, Any])
     past, ended = said["past"], said["ended"]
@@ -282,6 +288,7 @@ def plan_in(path: Path) -> Plan:
 def _start(plan: Plan, task: Task, recipe: Recipe) -> dict[str, Any]:
     about = {"metric": task.metric_name, "higher_is_better": task.higher_is_better, "plan": plan.sha}
     about |= {} if plan.parent is None else {"parent": plan.parent}
+    about |= plan.arithmetic.data()
     return {"task": plan.task, "recipe": recipe.hash, "seed": plan.seed, "steps": plan.steps, **about}
 
 
@@ -315,7 +322,7 @@ def _run(path: Path, plan: Plan, task: Task, state: Training, ended: Event) -> R
         task.metric_name,
         valid,
         test,
-        state.model,
+        uncompiled(state.model),
         task.target,
         task.higher_is_better,
     )

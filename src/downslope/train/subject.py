@@ -15,6 +15,7 @@ from downslope.tasks import Entry, Task, guest
 from downslope.train import hidden
 from downslope.train.checkpoint import Folder
 from downslope.train.plan import about_data
+from downslope.train.precision import PLAIN, Arithmetic
 from downslope.train.state import TrainState
 from downslope.train.trainer import trainer_of
 from downslope.train.training import Attempt, Training
@@ -48,9 +49,11 @@ class Subject(Protocol):
 class OfTask:
     """The training of a task by a recipe."""
 
-    def __init__(self, task: Task, recipe: Recipe | None, seed: int, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self, task: Task, recipe: Recipe | None, seed: int, ranks: Ranks, arithmetic: Arithmetic
+    ) -> None:
         self.task, self.ranks = task, ranks
-        self.training = Training(task, recipe, seed, ranks=ranks)
+        self.training = Training(task, recipe, seed, ranks=ranks, **arithmetic.data())
 
     def advance(self, steps: int, losses: dict[str, str]) -> None:
         """So many more updates, and their losses."""
@@ -166,12 +169,21 @@ class OfLoop:
         """Nothing is to be done."""
 
 
-def subject_of(made: object, entry: Entry, recipe: Recipe | None, seed: int, ranks: Ranks = ALONE) -> Subject:
+def subject_of(
+    made: object,
+    entry: Entry,
+    recipe: Recipe | None,
+    seed: int,
+    ranks: Ranks = ALONE,
+    arithmetic: Arithmetic = PLAIN,
+) -> Subject:
     """What an address gave, as something to be proven."""
     if isinstance(made, Task):
-        return OfTask(made, recipe, seed, ranks)
+        return OfTask(made, recipe, seed, ranks, arithmetic)
     if recipe is not None:
         raise BadInput(f"{entry.address} is a loop of your own, which has no recipe.")
+    if arithmetic != PLAIN:
+        raise BadInput(f"{entry.address} is a loop of your own: precision and compile are its own matter.")
     if (trainer := trainer_of(made)) is not None:
         return trainer
     return OfLoop(made, entry)

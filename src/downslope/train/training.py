@@ -30,6 +30,7 @@ from downslope.train.history import history
 from downslope.train.order import steps_per_epoch
 from downslope.train.plan import Plan
 from downslope.train.player import Move, Side, sides
+from downslope.train.precision import Arithmetic, uncompiled
 from downslope.train.random import Generators, seed_all
 from downslope.train.reader import Reader
 from downslope.train.rescue import Rescue
@@ -50,7 +51,7 @@ class Attempt(NamedTuple):
     names the parameters whose gradients were not finite; it is empty for an update that was applied.
     `moves` tells the same of every player that had its turn; `loss` is their sum, `lr` that of the first.
     `batches`: how many it took. `told`: what strategies did. `culprit`: what made it not finite, of the first
-    in a row, on a single rank.
+    in a row, on a single rank. `scale`: the loss scale under which gradients of fp16 overflowed.
     """
 
     step: int
@@ -61,6 +62,7 @@ class Attempt(NamedTuple):
     batches: int = 1
     told: tuple[Mapping[str, Any], ...] = ()
     culprit: str = ""
+    scale: float | None = None
 
     @property
     def applied(self) -> bool:
@@ -86,7 +88,8 @@ class Training:
     `optimizer.follow("lr", schedule)` makes a branch. `steps` is the length that the recipe asks for; `done`
     may come earlier. A batch whose update is skipped is used up, but is no step. Of several players a step is
     a round, in which one at least was updated. Raises BadInput, and UserCodeError where the task's own code
-    raises. `threads`: torch's, if not as many as the process has.
+    raises. `threads`: torch's, if not as many as the process has. `precision`: "bf16" or "fp16", if not
+    float32; `compile`: whether torch.compile compiles the model.
 
     >>> from downslope.tasks import task
     >>> state = Training(task("cancer-logistic"), seed=1)
@@ -105,8 +108,11 @@ class Training:
         *,
         fresh: bool = True,
         ranks: Ranks = ALONE,
+        precision: str | None = None,
+        compile: bool = False,
     ) -> None:
         self.task, self.recipe, self.seed = task, recipe or task.recipe, seed
+        self.arithmetic = Arithmetic(precision, compile)
         self.ranks = ranks
         check_shared(task, self.recipe, ranks)
         self.samples = size(task.train)
@@ -131,15 +137,14 @@ class Training:
                 )
             self._begin(fresh)
         self.rescue = Rescue(self.model, self.company, self.sides)
-        parts: dict[str, Any] = {side.part_name: side.optimizer for side in self.sides}
-        parts |= {"kept": self.rescue} if self.company.keeps else {}
-        self.state = TrainState(self.model, strategies=self.company, ranks=ranks, **parts)
+        self.state = TrainState(self.model, strategies=self.company, ranks=ranks, **self._parts())
 
     def _begin(self, fresh: bool) -> None:
         """Let the strategies shape the model, give it its first weights, and join the training."""
         strategies = self.recipe.strategies
         for strategy in strategies.values():
             self.model = strategy.shape(self.model)
+        self.arithmetic.check(self.model, self.recipe)
         device = next(self.model.parameters()).device
         self.reader = Reader(self.task, self.seed, self.recipe.batch_size, device)
         training = Setting(
@@ -150,7 +155,7 @@ class Training:
             classes=classes(self.task.train),
             better=self.task.higher_is_better,
             seed=self.seed,
-            loss=self.task.loss,
+            loss=self.arithmetic.plain(self.task.loss),
             teacher=trained,
         )
         if fresh:
@@ -166,12 +171,27 @@ class Training:
         )
         training.optimizer = self.sides[0].optimizer  # several share only strategies that do not touch it
         self.company = begin(strategies, training)
-        for side in self.sides:
-            side.loss = self.company.loss(side.loss)
+        self._compute(device)
         self._observes = 0
         if self.company.reacts or any(side.optimizer.reacts for side in self.sides):
             batches = {"steps_per_epoch": self.steps_per_epoch, "batch_size": self.recipe.batch_size}
             self._observes = max(1, in_steps(self.recipe.observe, "observe", **batches))
+
+    def _compute(self, device: torch.device) -> None:
+        """Let losses and metrics be computed as they are to be."""
+        how, task = self.arithmetic, self.task
+        for side in self.sides:
+            side.loss = how.cast(self.company.loss(side.loss), device)
+            side.scaler = how.scaler(side.optimizer, device)
+        self._loss, self._metric = how.cast(task.loss, device), how.cast(task.metric, device)
+        how.begin(self.model, task.players)
+
+    def _parts(self) -> dict[str, Any]:
+        """What belongs to the state besides the model and the strategies."""
+        parts: dict[str, Any] = {side.part_name: side.optimizer for side in self.sides}
+        for side in self.sides:
+            parts |= side.scalers
+        return parts | ({"kept": self.rescue} if self.company.keeps else {})
 
     @property
     def optimizer(self) -> Optimizer:
@@ -207,8 +227,8 @@ class Training:
         `on_step` is told of every attempt, after it; where it returns something true, the training pauses.
         Raises Diverged after 20 skipped updates in a row, UserCodeError for what the task's code raises.
         """
-        goal = self.steps if until is None else until
-        with self._inside():
+        goal, before = self.steps if until is None else until, self.batches
+        with self._inside(), self.arithmetic.working():
             while self.step < goal and not self.company.stopped:
                 attempt = self._attempt()
                 pause = on_step is not None and on_step(attempt)
@@ -218,6 +238,8 @@ class Training:
                         side.check(self.step, move.skipped)
                 if pause and self.step > attempt.step:
                     break
+        if self.batches > before:
+            self.arithmetic.check_called(self.model)
 
     def evaluate(self, part: str = "valid") -> Evaluation:
         """Loss and metric over a part of the data, "train", "valid" or "test".
@@ -227,7 +249,7 @@ class Training:
         """
         with kept():
             self._surroundings.restore()
-            with self._evaluating():
+            with self._evaluating(), self.arithmetic.working():
                 return self._judge(part)
 
     def finish(self) -> bool:
@@ -271,8 +293,8 @@ class Training:
         task, of = self.task, self.objective.of
         with lost(), guest(f"The loss or metric of {task.name or 'the task'}"):
             batch = moved(take(data, torch.arange(start, end)), self.reader.device)
-            loss = float(of(task.loss, batch))
-            metric = loss if task.metric is task.loss else float(of(task.metric, batch))
+            loss = float(of(self._loss, batch))
+            metric = loss if task.metric is task.loss else float(of(self._metric, batch))
         return loss, metric, end - start
 
     def _observe(self) -> None:
@@ -299,12 +321,13 @@ class Training:
         recipe: Recipe | None = None,
         sha: str | None = None,
         ranks: Ranks = ALONE,
+        arithmetic: Arithmetic | None = None,
     ) -> Self:
         """The state that was saved in `folder`, on as many ranks or others, which all call it; `sha` is what
         `save` returned.
 
-        Raises Damaged (a BadInput) naming the file that is not as it was saved, and BadInput if task or
-        recipe are not those of the checkpoint.
+        Raises Damaged (a BadInput) naming the file that is not as it was saved, and BadInput if task, recipe
+        or arithmetic are not those of the checkpoint.
         """
         shot = Snapshot.read(folder, sha, ranks)
         with checkpoint.sound(folder, "state.json"):
@@ -313,7 +336,10 @@ class Training:
         if recipe is not None and recipe.hash != began.hash:
             changes = "; ".join(map(str, began.diff(recipe)))
             raise BadInput(f"the checkpoint {folder} was made by another recipe: {changes}.")
-        made = cls(task, began, saved["seed"], saved["threads"], fresh=False, ranks=ranks)
+        how = Arithmetic.of(saved)
+        if arithmetic not in (None, how):
+            raise BadInput(f"the checkpoint {folder} was computed in {how}, not in {arithmetic}.")
+        made = cls(task, began, saved["seed"], saved["threads"], fresh=False, ranks=ranks, **how.data())
         if made.samples != saved["samples"]:
             raise BadInput(
                 f"the checkpoint {folder} saw {saved['samples']} samples, the task now has {made.samples}."
@@ -341,6 +367,7 @@ class Training:
             "recipe": self.recipe.text(),
             "batches": self.batches,
             "threads": self.threads,
+            **self.arithmetic.data(),
             "skips in a row": {side.name: side.skips for side in self.sides},
         }
         with self._inside():
@@ -375,8 +402,9 @@ class Training:
         loss = sum((move.loss for move in others), start=first.loss)
         skipped = tuple(name for move in moves.values() for name in move.skipped)
         applied = any(move.applied for move in moves.values())
-        self.company.after(applied, skipped)
-        attempt = Attempt(step, loss, first.lr, skipped, moves, count)
+        scale = _scale(moves) if skipped else None
+        self.company.after(applied, skipped if scale is None else ())
+        attempt = Attempt(step, loss, first.lr, skipped, moves, count, scale=scale)
         if not applied:
             attempt = attempt._replace(culprit=self._culprit(moves, pieces))
             self.step = self.rescue.step(step)
@@ -393,7 +421,10 @@ class Training:
         if self.ranks.together or all(side.skips > 1 for side in wrong):
             return ""
         with kept():
-            losses = [self.task.players[side.name].loss for side in wrong]
+            players, device = self.task.players, self.reader.device
+            losses = [
+                self.arithmetic.cast(self.arithmetic.plain(players[side.name].loss), device) for side in wrong
+            ]
             return began(self.model, losses, [piece for piece, _ in pieces])
 
     def _observation_due(self) -> bool:
@@ -443,7 +474,12 @@ def trained(folder: str) -> nn.Module:
     task = plan.find_task(None, allow_code_change=False)
     state = Training.load(Path(folder, "ckpt", last["name"]), task, sha=last["sha"])
     state.finish()
-    return state.model
+    return uncompiled(state.model)
+
+
+def _scale(moves: Mapping[str, Move]) -> float | None:
+    """The loss scale that was too high, of several the highest; None if it was none."""
+    return max((move.scale for move in moves.values() if move.scale is not None), default=None)
 
 
 def _mean(values: Sequence[float], counts: Sequence[float]) -> float:
