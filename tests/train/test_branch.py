@@ -126,6 +126,27 @@ def test_a_run_says_where_it_came_from_and_can_be_branched_again(begun: Path, tm
         ds.train(f"{problems.__file__}:rich", recipe, out=tmp_path / "new", seed=1, quiet=True)
 
 
+def test_the_peak_that_a_new_rate_replaces_is_the_one_in_force(begun: Path, tmp_path: Path) -> None:
+    gone_on(begun, tmp_path / "third", rate=1e-3)  # 3e-3 until then
+    again = rates(gone_on(tmp_path / "third", tmp_path / "sixth", rate=5e-4, at=32))
+    assert again == pytest.approx({i: old_rate(i) / 6 for i in range(32, 40)}, rel=1e-12)
+    with pytest.raises(BadInput, match=r"to rise from 0\.001 to 0\.002"):
+        changed(tmp_path / "third", rate=2e-3, at=32)
+
+
+@pytest.mark.parametrize("whole", [0, 1])
+def test_a_journal_torn_at_its_first_lines_still_begins_with_the_checkpoint(
+    whole: int, begun: Path, tmp_path: Path
+) -> None:
+    changed(begun, tmp_path / "new", steps=24, then="decay")
+    torn = Path(shutil.copytree(tmp_path / "new", tmp_path / "torn"))
+    run = ds.resume(tmp_path / "new", quiet=True)
+    lines = (tmp_path / "new/journal.jsonl").read_bytes().splitlines(keepends=True)
+    (torn / "journal.jsonl").write_bytes(b"".join(lines[:whole]) + lines[whole][:20])
+    assert rates(ds.resume(torn, quiet=True)) == rates(run)
+    assert (torn / "result.json").read_bytes() == (tmp_path / "new/result.json").read_bytes()
+
+
 def test_a_run_whose_plan_was_changed_by_hand_is_not_branched(begun: Path, tmp_path: Path) -> None:
     old = Path(shutil.copytree(begun, tmp_path / "old"))
     (old / "run.json").write_text((old / "run.json").read_text().replace('"steps": 40', '"steps": 41'))

@@ -33,7 +33,7 @@ from downslope.train.plan import Plan
 from downslope.train.player import Side
 from downslope.train.run import foreign, plan_in
 from downslope.train.training import Training
-from downslope.train.turn import Turn, course, dated, depends, schedule_of, turned
+from downslope.train.turn import Turn, course, dated, depends, peak, schedule_of, turned
 
 _KEPT = "weights, the optimizer's state and steps, random generators, strategies, the place in the data"
 
@@ -362,14 +362,19 @@ class _Change:
 
     def _top(self, turn: Turn) -> float:
         """What the rate that is asked for takes the place of: the main peak, or where a decay begins."""
-        first = self.state.sides[0]
-        if self.then == "decay":
-            found = turn.present(_part(self.old, first).chain.lr)
-        else:
-            found = _peak(_part(self.goal, first).chain.lr)
+        now = _part(self.old, self.state.sides[0]).chain.lr
+        found = turn.present(now) if self.then == "decay" else self._peak()
         if found == 0:
             raise BadInput("the rate is 0, which no factor takes to another: give a recipe with the rate.")
         return found
+
+    def _peak(self) -> float:
+        """The main peak: of a recipe of one's own, which begins anew, as a whole; else that in force."""
+        first = self.state.sides[0]
+        rate = schedule_of(_part(self.goal, first).chain.lr)
+        if self.asked.recipe is not None:
+            return rate.peak
+        return peak(rate.resolve(**self._begun(first)), first.optimizer.steps)
 
     def _begun(self, side: Side) -> dict[str, Any]:
         before = steps_per_epoch(self.state.samples, self.old.batch_size)
@@ -390,9 +395,9 @@ class _Change:
             if not self.longer:
                 what = f"batches of {self.old.batch_size}, and they will be of {self.goal.batch_size}"
             raise BadInput(f"a schedule of the run was made for {what}: say what it does then, {choice}.")
-        rate, peak = self.asked.rate, _peak(_part(self.goal, self.state.sides[0]).chain.lr)
-        if rate is not None and rate > peak:
-            raise BadInput(f"the peak of the rate is to rise from {peak:g} to {rate:g}: say how, {choice}.")
+        rate, old = self.asked.rate, self._peak()
+        if rate is not None and rate > old:
+            raise BadInput(f"the peak of the rate is to rise from {old:g} to {rate:g}: say how, {choice}.")
         return "keep"
 
     def _depends(self) -> bool:
@@ -408,9 +413,11 @@ class _Change:
         for name, one in courses.items():
             whose = f"The rate{f' of {name}' if name else ''}"
             if (silent := one.silent) is not None:
+                # From a rate of 0 there is nothing to decay.
+                other = "rewarm or decay" if one.will(one.at) else "rewarm"
                 said.append(
                     f"{whose} is 0 from update {silent} on: the last {one.after - silent} updates change "
-                    "nothing by it. rewarm or decay would make use of them."
+                    f"nothing by it. {other} would make use of them."
                 )
             elif self.then == "keep" and self._depends():
                 last = one.will(one.after - 1)
@@ -451,10 +458,6 @@ def moved(batches: int, samples: int, old: int, new: int) -> tuple[int, int]:
 def _part(recipe: Recipe, side: Side) -> Recipe:
     """What a side goes by, without what belongs to all."""
     return replace(recipe.players.get(side.name, recipe), strategies={}, players={})
-
-
-def _peak(rate: Any) -> float:
-    return float(rate.peak if isinstance(rate, Schedule) else rate)
 
 
 def _rates(recipe: Recipe, side: Side, steps: int, per_epoch: int) -> dict[str, Any]:

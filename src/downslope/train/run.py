@@ -222,9 +222,10 @@ def _go_on(
 
 def _begun(journal: Journal, plan: Plan, start: dict[str, Any]) -> list[Event]:
     """The events so far; a branch begins with the checkpoint that its plan vouches for."""
-    if journal.last < 0 and plan.first:
+    if plan.first:
         first = [(event["kind"], {k: v for k, v in event.items() if k != "kind"}) for event in plan.first]
-        journal.extend([("start", start), *first])
+        if missing := [("start", start), *first][journal.last + 1 :]:  # all, or what a crash tore off
+            journal.extend(missing)
     return read(journal.path)
 
 

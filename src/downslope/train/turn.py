@@ -7,6 +7,7 @@ What comes out is a recipe as any other, whose schedules say every number from t
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +25,6 @@ from downslope.schedule import (
     duration,
     in_steps,
     linear,
-    multistep,
     product,
     sequence,
 )
@@ -102,7 +102,7 @@ class Turn:
         if self._factor(key) == 1.0:
             return begun
         if isinstance(begun, Schedule):
-            return product([begun, multistep(1.0, at=[self.step], factor=self._factor(key))])
+            return product([begun, self._from_here(1.0, constant(self._factor(key)))])
         return self._from_here(begun, constant(self._scaled(key, begun)))
 
     def _rewarm(self, key: str, old: Any, new: Any, begun: Any) -> Any:
@@ -181,6 +181,22 @@ class Turn:
 def schedule_of(number: Any) -> Schedule:
     """A number as a schedule."""
     return number if isinstance(number, Schedule) else constant(number)
+
+
+def peak(rate: Schedule, step: int) -> float:
+    """The peak of the part of a rate that is in force at an update: what an earlier branch has left behind
+    does not count.
+
+    >>> peak(constant(1.0).then(constant(0.2), at=10), step=10)
+    0.2
+    """
+    numbers = dict(rate.numbers)
+    if rate.kind == "sequence":
+        place = bisect_right(numbers["at"], step)
+        return peak(rate.parts[place], step - (0, *numbers["at"])[place])
+    if rate.kind == "product":
+        return math.prod(peak(part, step) for part in rate.parts)
+    return peak(numbers["trunk"], step) if rate.kind == "branch" else rate.peak
 
 
 def course(then: str) -> str:
