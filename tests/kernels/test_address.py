@@ -104,6 +104,27 @@ def test_memory_that_moved_is_noticed(way: str, monkeypatch: pytest.MonkeyPatch)
     assert seen.look() & SOME_MOVED
 
 
+@pytest.mark.parametrize("odd", [0, 31, 32, 198, 199])
+def test_many_parameters_are_looked_at_by_several_threads(odd: int) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        parameters = [nn.Parameter(torch.zeros(5)) for _ in range(200)]
+        for parameter in parameters:
+            parameter.grad = torch.ones(5)
+        seen = Addresses(parameters)
+        for _ in range(20):
+            seen.gradients[:] = 0
+            assert seen.look() == PLAIN
+            assert seen.gradients.tolist() == [p.grad.data_ptr() for p in parameters if p.grad is not None]
+        parameters[odd].grad = None
+        parameters[(odd + 50) % 200].grad = torch.ones(10)[::2]
+        assert seen.look() == SOME_MISSING | SOME_ODD
+        assert np.flatnonzero(seen.gradients == 0).tolist() == sorted([odd, (odd + 50) % 200])
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_handles_keep_nothing_alive_for_ever() -> None:
     import gc
     import weakref

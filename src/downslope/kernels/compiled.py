@@ -100,6 +100,17 @@ def claim(typing_context, address, count):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def mark(typing_context, address, bits):  # type: ignore[no-untyped-def]
+    """Set `bits` in the number at `address`, in one step that no thread can split; what it was before."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        number = builder.inttoptr(arguments[0], arguments[1].type.as_pointer())
+        return builder.atomic_rmw("or", number, arguments[1], "monotonic")
+
+    return numba_types.int64(numba_types.uintp, numba_types.int64), generate
+
+
+@intrinsic
 def call(typing_context, function, first, second):  # type: ignore[no-untyped-def]
     """Call the C function at an address with two words; the word that it returns."""
 
