@@ -267,6 +267,19 @@ def test_the_default_device_of_torch_changes_nothing(
     torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)  # an empty tensor has no mean
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0,), (3, 0, 2)])
+@pytest.mark.parametrize("executor", ["auto", "eager"])
+def test_an_empty_tensor_keeps_lines_that_are_numbers(shape: tuple[int, ...], executor: str) -> None:
+    empty, other = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.ones(3, 2))
+    optimizer = ds.Optimizer([empty, other], ds.adafactor(lr=0.1))
+    with stepped_by(executor):
+        for _ in range(2):
+            empty.grad, other.grad = torch.zeros(shape), torch.ones(3, 2)
+            optimizer.step()
+    assert all(bool(slot.isfinite().all()) for p in (empty, other) for slot in optimizer.state[p].values())
+    assert not torch.equal(other, torch.ones(3, 2))
+
+
 def routed(named: Sequence[tuple[str, Any]], reverse: bool) -> ds.Optimizer:
     made = ds.route({"matrix": chain(ds.muon(lr=0.05), ds.lookahead()), "rest": ds.chain(ds.nadam(lr=0.01))})
     ways = {"matrix": lambda p: p.ndim == 2, "norm": lambda p: p.ndim == 1, "rest": lambda p: p.ndim != 1}

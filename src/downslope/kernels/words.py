@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -92,6 +91,8 @@ DROPPED = {torch.bfloat16: 16, torch.float16: 13}
 
 def reduced(name: str, values: Tensor, axes: tuple[int, ...]) -> Tensor:
     """A reduction along some axes, which stay with length 1; sums are taken in float64 where there is one."""
+    if name == "total" and all(values.shape[axis] == 1 for axis in axes):
+        return values  # the rows of a vector
     if name == "largest":
         empty = any(values.shape[axis] == 0 for axis in axes)
         return values.sum(axes, keepdim=True) if empty else values.abs().amax(axes, keepdim=True)
@@ -102,13 +103,10 @@ def reduced(name: str, values: Tensor, axes: tuple[int, ...]) -> Tensor:
 
 
 def combine(name: str, values: NDArray[np.float64]) -> float:
-    """Partial results added exactly, in whatever order they come; NaN and infinities survive."""
+    """Partial results as one number, the same in whatever order they come: sums are taken in order of size.
+    NaN and infinities survive.
+    """
     if name == "largest":
         return float(np.max(values, initial=0.0))
-    if len(values) == 1:
-        return float(values[0])
-    try:
-        return math.fsum(values.tolist())
-    except (OverflowError, ValueError):  # finite numbers that overflow, or infinities of both signs
-        with np.errstate(all="ignore"):
-            return float(np.sum(values))
+    with np.errstate(all="ignore"):
+        return float(np.sort(values).sum())

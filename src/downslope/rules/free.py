@@ -171,11 +171,8 @@ def ftrl(
     """
     s.n = g * g + s.n
     scale = beta + sqrt(s.n) + lr * l2
-    rate = lr / scale
-    plain = p - rate * g
-    within = clip(plain, rate * (s.z - l1), rate * (s.z + l1))
-    weight = plain - within  # soft thresholding, with the threshold's part that p has paid already left out
-    zero = abs(weight) <= 0
     held = s.z + g - where(abs(p) <= 0, 0.0, p * scale * (1 / lr))
-    s.z = where(zero, clip(held, -l1, l1), -sign(weight) * l1)
-    return where(zero, p, rate * g + within)
+    kept = clip(held, -l1, l1)
+    paid = s.z - kept  # the threshold's part that p has paid already is left out
+    s.z = kept
+    return where(abs(held) < l1, p, lr / scale * (g + paid))

@@ -60,7 +60,7 @@ def adafactor(
     share = t**beta2_decay
     s.row = lerp(s.row, mean(g * g, over="row"), share)
     s.column = lerp(s.column, mean(g * g, over="column"), share)
-    factored = s.row * s.column / maximum(mean(s.row, over="column"), eps)
+    factored = s.row * (s.column / maximum(mean(s.row, over="column"), eps))  # so ordered, lines divide lines
     variance = where(dimensions(p) > 1, factored, s.row)
     update = s.let("u", g / sqrt(maximum(variance, eps * eps)))
     size = maximum(sqrt(mean(p * p)), scale_eps) / maximum(sqrt(mean(update * update)) / clip, 1.0)

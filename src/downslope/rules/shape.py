@@ -35,10 +35,12 @@ def spanned(part: Sequence[int], whole: Sequence[int]) -> tuple[int, int] | None
 
 
 def counted(over: str, shape: Sequence[int]) -> float:
-    """How many elements a scope holds, or how many rows, columns and dimensions the weight has."""
+    """How many elements a scope holds, or how many rows, columns and dimensions the weight has. A line of no
+    elements counts as one of one, so that the mean of nothing is 0.
+    """
     seen = view(shape)
     if over in LINES:
-        return float(math.prod([seen[axis] for axis in lines(over, shape)]))
+        return float(max(math.prod([seen[axis] for axis in lines(over, shape)]), 1))
     of = {"dimensions": len(shape), "rows": seen[0], "columns": math.prod(seen[1:])}
     return float(of.get(over, math.prod(seen)))
 
