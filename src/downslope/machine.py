@@ -44,7 +44,7 @@ class Machine:
         self.groups, self.state, self.chains, self.guard = groups, state, chains, guard
         self.programs: dict[tuple[str, int], Program] = {}
         self.updates: dict[str, Update] = {}
-        self.present: dict[str, list[list[int]]] = {}
+        self.read: dict[str, list[tuple[int, str, int | None]]] = {}
         self.seen: dict[str, tuple[list[Any], list[NDArray[np.float64]]]] = {}
         self.frozen = Trained([])
         self.built = False
@@ -56,7 +56,7 @@ class Machine:
 
     def gather(self, kind: str) -> NDArray[np.bool_] | None:
         """Which of the parameters with state have a gradient; None if nothing is to be stepped."""
-        count = sum(len(group["params"]) for group in self.groups)
+        count = sum([len(group["params"]) for group in self.groups])
         fresh = self._fresh() if len(self.state) < count else []
         primes = bool(fresh) and not self.state and self._primes(fresh)
         if fresh or not self.built or self._replaced():
@@ -64,7 +64,7 @@ class Machine:
             self._build()
         if primes:
             return None
-        if any(self.frozen.look()):
+        if self.frozen.parameters and any(self.frozen.look()):
             self._build()
         active = self._update(kind).gather()
         if active is None:
@@ -138,7 +138,7 @@ class Machine:
                     } | {"t": torch.zeros((), dtype=torch.int64, device="cpu")}
 
     def _build(self) -> None:
-        self.updates, self.present = {}, {}
+        self.updates, self.read = {}, {}
         held = [(g, p) for g, group in enumerate(self.groups) for p in group["params"] if p in self.state]
         self.owner = np.array([g for g, _ in held], dtype=np.int64)
         self.marks: list[str] = []
@@ -195,7 +195,12 @@ class Machine:
         if kind not in self.updates:
             programs = self._programs(kind)
             self.updates[kind] = device.update(programs, self.members, self.owner.tolist(), self.vectors)
-            self.present[kind] = [sorted({int(self.owner[i]) for i in places}) for _, places in programs]
+            self.read[kind] = [
+                (-1 if key == UNSCALE else g, *key)
+                for program, places in programs
+                for key in program.numbers
+                for g in np.unique(self.owner[places]).tolist()
+            ]
         return self.updates[kind]
 
     def _programs(self, kind: str) -> list[tuple[Program, list[int]]]:
@@ -232,31 +237,31 @@ class Machine:
         """A table a plan: a row per number of its program, a column per parameter; built anew only when a
         group's numbers changed.
         """
-        update = self._update(kind)
-        now: list[Any] = [rate, self.scale]
-        for plan, present in zip(update.plans, self.present[kind], strict=True):
-            for g in present:
-                now.append([self._number(self.groups[g], key) for key in plan.program.numbers])
+        everything = [*self.groups, {UNSCALE[0]: self.scale}]
+        now = [rate]
+        for g, key, index in self.read[kind]:
+            value = everything[g][key]
+            now.append(float(value if index is None else value[index]))
         if kind not in self.seen or self.seen[kind][0] != now:
-            self.seen[kind] = (now, [self._table(plan, rate) for plan in update.plans])
+            self.seen[kind] = (now, self._spread(kind, now))
         return self.seen[kind][1]
 
-    def _table(self, plan: Any, rate: float) -> NDArray[np.float64]:
-        owners, keys = self.owner[plan.places], plan.program.numbers
-        rows = np.zeros((len(keys), len(owners)))
-        for place, key in enumerate(keys):
-            values = {g: self._number(self.groups[g], key) for g in set(owners.tolist())}
-            rows[place] = [values[g] for g in owners.tolist()]
-            rows[place] *= rate if key == ("lr", None) else 1.0
-        if not np.isfinite(rows).all():
-            found = {key[0]: row.tolist() for key, row in zip(keys, rows, strict=True)}
-            raise BadInput(f"a number of the optimizer is not finite: {found}.")
-        return rows
-
-    def _number(self, group: dict[str, Any], key: Any) -> float:
-        if key == UNSCALE:
-            return self.scale
-        return float(group[key[0]] if key[1] is None else group[key[0]][key[1]])
+    def _spread(self, kind: str, now: list[float]) -> list[NDArray[np.float64]]:
+        """The tables of what `_tables` has read: the rate's factor, then by plan, number and group."""
+        tables, start = [], 1
+        for plan in self._update(kind).plans:
+            groups, columns = np.unique(self.owner[plan.places], return_inverse=True)
+            keys, count = plan.program.numbers, len(groups)
+            values = np.array(now[start : start + len(keys) * count]).reshape(len(keys), count)
+            start += values.size
+            if ("lr", None) in keys:
+                values[keys.index(("lr", None))] *= now[0]
+            if not np.isfinite(values).all():
+                found = {key[0]: row.tolist() for key, row in zip(keys, values, strict=True)}
+                raise BadInput(f"a number of the optimizer is not finite: {found}.")
+            alike = count == 1
+            tables.append(np.broadcast_to(values, (len(keys), len(columns))) if alike else values[:, columns])
+        return tables
 
     def _names(self) -> dict[Tensor, str]:
         found: dict[Tensor, str] = {}
@@ -265,6 +270,16 @@ class Machine:
                 named = "param_names" in group
                 found[parameter] = group["param_names"][i] if named else f"parameter {len(found)}"
         return found
+
+
+def untracked(call: Callable[..., Any], *given: Any) -> Any:
+    """What a call returns that autograd shall not follow; torch.no_grad takes ten times as long for it."""
+    tracked = torch.is_grad_enabled()
+    torch._C._set_grad_enabled(False)
+    try:
+        return call(*given)
+    finally:
+        torch._C._set_grad_enabled(tracked)
 
 
 def own_numbers(chain: Chain, place: int, group: Mapping[str, Any]) -> dict[str, float]:

@@ -20,7 +20,7 @@ from downslope.admission import Parameters, admit, listed
 from downslope.errors import BadInput, nearest
 from downslope.kernels.collective import agree, averaged, local, reshard
 from downslope.kernels.update import Skipped
-from downslope.machine import Machine
+from downslope.machine import Machine, untracked
 from downslope.rules import Chain, Part, Route, Rule
 from downslope.rules import chain as make_chain
 from downslope.rules.route import REST
@@ -70,7 +70,7 @@ class Optimizer(torch.optim.Optimizer):
         self._following: list[dict[tuple[str, int | None], Schedule]] = []
         self._made: Machine | None = None
         self._averaging, self._passes = False, 1
-        self._idle: bytes | None = None
+        self._having: bytes | None = None
         super().__init__(listed(parameters, self._route), _shared(self._route))
         self.state = Table(dict)
 
@@ -207,7 +207,7 @@ class Optimizer(torch.optim.Optimizer):
 
         @functools.wraps(func)
         def step(self: Optimizer, *args: Any, **keywords: Any) -> Any:
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_dynamo_compiling():
                 return untraced(self, *args, **keywords)
             hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
             if hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks or _profiler_enabled():
@@ -225,8 +225,7 @@ class Optimizer(torch.optim.Optimizer):
         Gradients are only read. A parameter without one keeps its weight and state bit for bit. A chain with
         sam or asam calls the closure twice, a rule that backtracks as often as it must.
         """
-        with torch.no_grad():
-            return self._step(closure)
+        return untracked(self._step, closure)
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         if self._averaging:
@@ -241,8 +240,9 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.skipped = None
-        machine, scaled = self._machine, self._scaled()
-        if self.passes > 1:
+        machine = self._machine
+        scaled = self._scaled(machine)
+        if self._passes > 1:
             if closure is None:
                 raise BadInput(f"{self.chain.name} takes the gradient twice; call step(closure).")
             if not self._ascend(machine, closure, scaled):
@@ -250,7 +250,7 @@ class Optimizer(torch.optim.Optimizer):
         kind = "unscaled step" if scaled else "step"
         active = machine.gather(kind)
         self._notice_replaced(active)
-        if active is None or not active.any():
+        if active is None or not len(active) or not (active[0] or active.any()):
             self._check_gradients()
             return loss
         if self._overflowed(machine):
@@ -370,28 +370,29 @@ class Optimizer(torch.optim.Optimizer):
         """Refuse to go on without a parameter that was replaced in the model: the old one then has no
         gradient any more. Looked for only when other parameters lack a gradient than before.
         """
-        idle = None if active is None or self._model is None else (~active).tobytes()
-        if self._model is None or (active is not None and active.all()) or idle == self._idle:
+        having = None if active is None else active.tobytes()
+        if self._model is None or having == self._having:
             return
+        everyone = active is not None and active.all()
         groups = [group for group in self.param_groups if "param_names" in group]
         known = {n: p for g in groups for n, p in zip(g["param_names"], g["params"], strict=True)}
-        for name, parameter in self._model.named_parameters():
+        for name, parameter in () if everyone else self._model.named_parameters():
             mine = known.get(plain_name(name), parameter)
             if mine is not parameter and parameter.grad is not None:
                 raise BadInput(
                     f"{name} was replaced in the model by another parameter, which the optimizer does not "
                     "have; make the optimizer after the model is complete."
                 )
-        self._idle = idle
+        self._having = having
 
     def _forget_gathered(self) -> None:
         if self._model is not None:
             reshard(self._model)
 
-    def _scaled(self) -> bool:
+    def _scaled(self, machine: Machine) -> bool:
         """Whether gradients still carry the scale of a GradScaler, which is then taken off on their way."""
         scale = getattr(self, "grad_scale", None)
-        self._machine.scale = 1.0 if scale is None else 1.0 / float(scale)
+        machine.scale = 1.0 if scale is None else 1.0 / float(scale)
         return scale is not None
 
     def _overflowed(self, machine: Machine) -> bool:

@@ -15,9 +15,10 @@ from downslope.errors import BadInput
 from downslope.kernels.collective import Share, gradient_of, local
 from downslope.kernels.words import compute_type, evaluate
 from downslope.rules import noise as counter
+from downslope.rules.fold import constants, fold
 from downslope.rules.shape import shape_of_slot
 from downslope.rules.slot import Slot
-from downslope.rules.trace import Class, Node, Stage, Trace, constants, fold, scalars
+from downslope.rules.trace import Class, Node, Stage, Trace, scalars
 
 Floats: TypeAlias = NDArray[np.float64]
 Table: TypeAlias = Mapping[Node, Sequence[int]]
@@ -77,9 +78,22 @@ class Bucket(Protocol):
     def lines(self) -> Container[str]: ...
     def gather(self, everyone: bool = False) -> NDArray[np.bool_] | None: ...
     def lay(self, arrays: Mapping[str, list[Tensor]]) -> None: ...
-    def reduce(self, stage: Stage, scalars: Floats, noise: Table) -> tuple[Floats, NDArray[np.int64]]: ...
-    def apply(self, stage: Stage, scalars: Floats, noise: Table) -> None: ...
+    def reduce(self, stage: Stage, leaves: Floats, noise: Table) -> tuple[Floats, NDArray[np.int64]]: ...
+    def apply(self, stage: Stage, leaves: Floats, noise: Table) -> None: ...
     def release(self) -> None: ...
+
+
+def folded(stage: Stage, leaves: Floats) -> Floats:
+    """The scalars of a stage from its leaves, with as many rows: one a member of the program, or one for
+    all.
+    """
+    known = constants([operand for node in stage.folded for operand in node.operands])
+    known |= zip(stage.leaves, leaves.T, strict=True)
+    fold(stage.folded, known)
+    found = np.zeros((len(leaves), len(stage.scalars)))
+    for place, node in enumerate(stage.scalars):
+        found[:, place] = known[node]
+    return found
 
 
 class SparseGradientError(Exception):

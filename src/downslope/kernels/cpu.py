@@ -76,29 +76,24 @@ def _is_dense(tensor: Tensor) -> bool:
 class Pass:
     """One stage over one table: its compiled code, and the memory that the code works in."""
 
-    def __init__(
-        self, stage: Stage, program: Program, table: NDArray[np.int64], parameters: int, stored: str
-    ) -> None:
+    def __init__(self, stage: Stage, program: Program, table: NDArray[np.int64], stored: str) -> None:
         # numba takes half a second to import: only who steps pays that
         from downslope.kernels.compiled import load
 
-        dtype = np.float64 if stored == "float64" else np.float32
         self.start: int = load(source(stage, program, stored)).start.address
-        self.scalars = np.zeros((parameters, len(stage.scalars)), dtype=dtype)
+        self.leaves: Floats = np.zeros((0, len(stage.leaves)))
         self.partials = np.zeros((len(table), len(stage.reductions)))
         self.cursor = np.zeros(2, dtype=np.int64)
-        arrays = (table, self.scalars, self.partials)
-        shapes = [len(table), table.shape[1], *self.scalars.shape, self.partials.shape[1]]
-        self.job = np.array(
-            [*shapes, *(array.ctypes.data for array in (*arrays, self.cursor))], dtype=np.int64
-        )
+        shapes = [len(table), table.shape[1], *self.leaves.shape, self.partials.shape[1]]
+        arrays = (table, self.leaves, self.partials, self.cursor)
+        self.job = np.array([*shapes, *(array.ctypes.data for array in arrays)], dtype=np.int64)
         self.address = self.job.ctypes.data
         self.table = table  # held, as the job knows only its address
 
-    def run(self, scalars: NDArray[np.float64], threads: int) -> None:
-        """Work through the whole table."""
-        with np.errstate(over="ignore"):
-            self.scalars[: len(scalars)] = scalars
+    def run(self, leaves: Floats, threads: int) -> None:
+        """Work through the whole table; `leaves` has a row a parameter of the program, or one for all."""
+        if leaves is not self.leaves:
+            self.leaves, self.job[2], self.job[6] = leaves, len(leaves), leaves.ctypes.data
         self.cursor[0], self.cursor[1] = 0, max(1, len(self.table) // (16 * threads))
         spread(self.start, self.address, threads)
 
@@ -128,7 +123,7 @@ class CpuBucket:
         self.column = {name: fixed(program) + place for place, name in enumerate(program.names)}
         self.lines = lines(program)
         self.table = np.zeros((len(self.owner), width(program)), dtype=np.int64)
-        self.table[:, 0], self.table[:, 1] = self.lengths, self.owner
+        self.table[:, 0], self.table[:, 1] = self.lengths, self.owners
         if self.lines:
             self.table[:, min(self.lines.values()) - 1] = self.begin
         if program.noises:
@@ -140,7 +135,6 @@ class CpuBucket:
             if slot.per == "element":
                 self.lay({name: [member.slots[name] for member in members]})
         self.everyone = self.active = np.ones(len(sizes), dtype=bool)
-        self.alike = False
         self.serial = int(sizes.sum()) <= SERIAL
 
     def _point(self, name: str, addresses: NDArray[np.int64], itemsize: int) -> None:
@@ -206,30 +200,26 @@ class CpuBucket:
         """Let go of copies of gradients."""
         self.copies = []
 
-    def reduce(self, stage: Stage, scalars: Floats, noise: Table) -> tuple[Floats, NDArray[np.int64]]:
+    def reduce(self, stage: Stage, leaves: Floats, noise: Table) -> tuple[Floats, NDArray[np.int64]]:
         """Partial results of the stage's reductions, one row a chunk, and the parameter that each row belongs
         to; scratch is written.
         """
-        done = self._run(stage, scalars, noise)
+        done = self._run(stage, leaves, noise)
         return done.partials, self.owners
 
-    def apply(self, stage: Stage, scalars: Floats, noise: Table) -> None:
+    def apply(self, stage: Stage, leaves: Floats, noise: Table) -> None:
         """Write the new weights and slots, and say so to autograd; first, as long as the look at the tensors
         has left them in the cache.
         """
         self.addresses.written()
-        self._run(stage, scalars, noise)
+        self._run(stage, leaves, noise)
 
-    def _run(self, stage: Stage, scalars: Floats, noise: Table) -> Pass:
+    def _run(self, stage: Stage, leaves: Floats, noise: Table) -> Pass:
         if id(stage) not in self.passes:
-            count = len(self.members)
-            self.passes[id(stage)] = Pass(stage, self.program, self.table, count, self.stored)
+            self.passes[id(stage)] = Pass(stage, self.program, self.table, self.stored)
         for place, node in enumerate(self.program.noises):
             keys = np.array(noise[node], dtype=np.uint64)[self.index].view(np.int64)
             self.table[:, 3 + place] = keys[self.owner]
         done = self.passes[id(stage)]
-        alike = scalars.strides[0] == 0  # one row, seen as many
-        if alike is not self.alike:
-            self.alike, self.table[:, 1] = alike, 0 if alike else self.owner
-        done.run(scalars[:1] if alike else scalars[self.index], 1 if self.serial else torch.get_num_threads())
+        done.run(leaves, 1 if self.serial else torch.get_num_threads())
         return done

@@ -22,7 +22,8 @@ from downslope.kernels.lender import Batch, Lender
 from downslope.kernels.plan import Plan
 from downslope.kernels.update import Update
 from downslope.kernels.words import TORCH_WORDS, compute_type
-from downslope.rules.trace import Class, Node, Program, fold, scalars
+from downslope.rules.fold import fold
+from downslope.rules.trace import Class, Node, Program, scalars
 from downslope.rules.value import REDUCTIONS
 
 Vectors: TypeAlias = Mapping[str, Any]
@@ -106,7 +107,7 @@ class DevicePlan(Plan):
         fold(self.order, self.known)
         for stage, columns in zip(self.program.stages, self.columns, strict=True):
             for place, node in enumerate(stage.scalars):
-                if node not in self.late and node not in self.steady:
+                if node not in self.late:
                     columns[:, place] = self.known[node]
         for row, node in zip(self.rows, self.extra, strict=True):
             row[...] = self.known[node]
@@ -261,8 +262,7 @@ class DeviceUpdate(Update):
         fine = None
         for plan in self.plans:
             plan.send(self.vectors)
-        for depth in range(max(len(plan.program.stages) for plan in self.plans)):
-            running = [plan for plan in self.plans if depth < len(plan.program.stages)]
+        for depth, running in enumerate(self.running):
             found = [(plan, plan.launch(depth, fine)) for plan in running]
             self._join(depth, [(plan, parts) for plan, parts in found if parts is not None])
             norms = [plan.there.get(plan.program.gradient_norm) for plan in running]

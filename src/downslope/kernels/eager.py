@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from downslope.kernels.address import asks
-from downslope.kernels.bucket import Member, Table, refuse_sparse
+from downslope.kernels.bucket import Member, Table, folded, refuse_sparse
 from downslope.kernels.words import compute_type, evaluate, reduced
 from downslope.rules.trace import Node, Program, Stage
 
@@ -55,13 +55,13 @@ class EagerBucket:
         self.arrays.update(arrays)
 
     def reduce(
-        self, stage: Stage, columns: NDArray[np.float64], noise: Table
+        self, stage: Stage, leaves: NDArray[np.float64], noise: Table
     ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Partial results of the stage's reductions, one row a chunk, and the parameter that each row belongs
         to; scratch is written.
         """
         rows, owners = [], []
-        for i, known in self._known(stage, columns, noise):
+        for i, known in self._known(stage, leaves, noise):
             self._write(i, stage, known)
             values = [
                 known[node.operands[0]].expand_as(self.members[i].weight).reshape(-1).split(CHUNK)  # type: ignore[no-untyped-call]
@@ -74,9 +74,9 @@ class EagerBucket:
         table = np.array(rows, dtype=np.float64).reshape(len(rows), len(stage.reductions))
         return table, np.array(owners, dtype=np.int64)
 
-    def apply(self, stage: Stage, columns: NDArray[np.float64], noise: Table) -> None:
+    def apply(self, stage: Stage, leaves: NDArray[np.float64], noise: Table) -> None:
         """Write the new weights and slots."""
-        for i, known in self._known(stage, columns, noise):
+        for i, known in self._known(stage, leaves, noise):
             self._write(i, stage, known)
 
     def _write(self, i: int, stage: Stage, known: dict[Node, Tensor]) -> None:
@@ -87,15 +87,16 @@ class EagerBucket:
             target.copy_(known[node].expand(member.weight.shape).reshape(target.shape))
 
     def _known(
-        self, stage: Stage, columns: NDArray[np.float64], noise: Table
+        self, stage: Stage, leaves: NDArray[np.float64], noise: Table
     ) -> Iterator[tuple[int, dict[Node, Tensor]]]:
+        table = folded(stage, leaves)
         for i, member in enumerate(self.members):
             if not self.active[i] or not member.weight.numel():
                 continue
             dtype = compute_type(member.weight.dtype)
             known = {
                 n: torch.tensor(float(v), dtype=dtype, device="cpu")
-                for n, v in zip(stage.scalars, columns[self.index[i]], strict=True)
+                for n, v in zip(stage.scalars, table[self.index[i] if len(table) > 1 else 0], strict=True)
             }
             for node in self._leaves(stage):
                 known[node] = self._leaf(i, node, stage, dtype, noise)

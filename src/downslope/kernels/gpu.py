@@ -22,7 +22,7 @@ from torch import Tensor
 
 from downslope.kernels import cpu
 from downslope.kernels.address import Addresses
-from downslope.kernels.bucket import Floats, Member, Table
+from downslope.kernels.bucket import Floats, Member, Table, folded
 from downslope.kernels.source import fixed
 from downslope.kernels.tile import columns, load, source
 from downslope.kernels.words import compute_type
@@ -126,17 +126,23 @@ class GpuBucket(cpu.CpuBucket):
         self.kernels: dict[int, Any] = {}
         self.kinds: dict[int, Tensor] = {}
 
-    def reduce(self, stage: Stage, scalars: Floats, noise: Table) -> tuple[Floats, NDArray[np.int64]]:
+    def reduce(self, stage: Stage, leaves: Floats, noise: Table) -> tuple[Floats, NDArray[np.int64]]:
         """Partial results of the stage's reductions, one row a chunk, and the parameter that each row belongs
         to. The host waits for them; `collect` leaves them on the device.
         """
-        partials = self.launch(stage, sent(scalars, self.device), noise)
+        partials = self.launch(stage, self._folded(stage, leaves), noise)
         return partials.cpu().numpy().T, self.index[self.rows]
 
-    def apply(self, stage: Stage, scalars: Floats, noise: Table) -> None:
+    def apply(self, stage: Stage, leaves: Floats, noise: Table) -> None:
         """Write the new weights and slots, and say so to autograd."""
-        self.launch(stage, sent(scalars, self.device), noise)
+        self.launch(stage, self._folded(stage, leaves), noise)
         self.addresses.written()
+
+    def _folded(self, stage: Stage, leaves: Floats) -> Tensor:
+        """The scalars of a stage on the device, a row a member of the program."""
+        scalars = folded(stage, leaves)
+        count = max(int(self.index.max()) + 1, len(scalars))
+        return sent(np.broadcast_to(scalars, (count, scalars.shape[1])), self.device)
 
     def launch(self, stage: Stage, scalars: Tensor, noise: Table, fine: Tensor | None = None) -> Tensor:
         """Run a stage with scalars that lie on the device, a row a member of the program. Returns its partial

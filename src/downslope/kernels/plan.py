@@ -17,9 +17,9 @@ from downslope.kernels.lender import Lender
 from downslope.kernels.rows import RowsBucket
 from downslope.kernels.words import compute_type
 from downslope.rules import noise as counter
+from downslope.rules.fold import constants, fold
 from downslope.rules.shape import counted
-from downslope.rules.trace import Class, Node, Program, Stage, constants, fold, scalars
-from downslope.rules.value import REDUCTIONS
+from downslope.rules.trace import Class, Node, Program, Stage, scalars
 
 
 class Plan:
@@ -33,19 +33,17 @@ class Plan:
         self, program: Program, every: Sequence[Member], places: NDArray[np.int64], executor: str
     ) -> None:
         self.program, self.places = program, places
+        self.everyone = np.array_equal(places, np.arange(len(every)))
         self.members = [every[i] for i in places]
-        self.orders = [scalars(stage.scalars) for stage in program.stages]
-        self.moving = self.orders
+        self.literals = constants(program.nodes)
+        self.given = [node for node in program.nodes if node.word_name == "number"]
         self.last = scalars(program.after.values())
-        self.columns = [np.zeros((len(places), len(stage.scalars))) for stage in program.stages]
+        self.columns = [np.zeros((len(places), len(stage.leaves))) for stage in program.stages]
+        self.alike = [np.zeros((1, columns.shape[1])) for columns in self.columns]
         self.counters = [node for node in program.nodes if node.word_name in ("t", "step", "count", "slot")]
         self.shapes = [tuple(member.shape) for member in self.members]
         self.sized: dict[str, Floats] = {}
-        rows = [np.zeros(columns.shape[1]) for columns in self.columns]
-        self.alike = [(row, np.broadcast_to(row, (len(places), len(row)))) for row in rows]
         self.numbers: Floats | None = None
-        self.changing: list[list[tuple[int, Node]]] = []
-        self.settled_alike: list[bool] = []
         self.steady: dict[Node, Any] = {}
         self.known: dict[Node, Any] = {}
         self.noise: dict[Node, list[int]] = {}
@@ -87,18 +85,19 @@ class Plan:
         """Start a step: what is known before any pass."""
         if numbers is not self.numbers:
             self._settle(numbers)
-        self._check_idle(numbers)
-        self.known, self.active = dict(self.steady), active[self.places]
+        if self.sparse:
+            self._check_idle(numbers)
+        self.known, self.active = self.steady.copy(), self._own(active)
         for node in self.counters:
             if node.word_name == "t":
-                self.known[node] = _shared(t[self.places]).astype(np.float64)
+                self.known[node] = _shared(self._own(t)).astype(np.float64)
             elif node.word_name == "step":
                 self.known[node] = np.float64(step)
             elif node.word_name == "count":
                 over = node.payload
-                self.known[node] = _shared(counts[over][self.places]) if over in counts else self._sizes(over)
+                self.known[node] = _shared(self._own(counts[over])) if over in counts else self._sizes(over)
             elif node.kind is Class.ROW:
-                self.known[node] = _shared(vectors[node.payload][self.places])
+                self.known[node] = _shared(self._own(vectors[node.payload]))
         for lender in self.lenders:
             lender.begin(self.active)
         for node in self.program.noises:
@@ -109,37 +108,40 @@ class Plan:
                 for seed, member in zip(seeds, self.members, strict=True)
             ]
 
+    def _own(self, values: NDArray[Any]) -> NDArray[Any]:
+        """The entries of the plan's members, of one a member of the update."""
+        return values if self.everyone else values[self.places]
+
     def pass_over(self, depth: int) -> tuple[Floats, NDArray[np.int64]] | None:
         """Run a stage: partial results and their owners; None of the last stage, which writes."""
         stage = self.program.stages[depth]
         if self.program.lends:
             self._lend(stage)
-        else:
-            fold(self.moving[depth], self.known)
-        columns = self._columns(depth)
+        leaves = self._leaves(depth)
         if stage.last:
             for bucket in self.buckets:
-                bucket.apply(stage, columns, self.noise)
+                bucket.apply(stage, leaves, self.noise)
             return None
-        parts = [bucket.reduce(stage, columns, self.noise) for bucket in self.buckets]
+        parts = [bucket.reduce(stage, leaves, self.noise) for bucket in self.buckets]
         if len(parts) == 1:
             return parts[0]
         return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
-    def _columns(self, depth: int) -> Floats:
-        """The scalars of a stage, a row a member; one row, seen as many, where all members have the same."""
-        row, seen_as_many = self.alike[depth]
-        values = [(place, self.known[node]) for place, node in self.changing[depth]]
-        alike = self.settled_alike[depth] and all(value.size == 1 for _, value in values)
-        table = row if alike else self.columns[depth]
-        for place, value in values:
-            table[..., place] = value
-        return seen_as_many if alike else table
+    def _leaves(self, depth: int) -> Floats:
+        """The leaves of a stage, a row a member; one row where all members have the same."""
+        row, table = self.alike[depth], self.columns[depth]
+        values = [self.known[node] for node in self.program.stages[depth].leaves]
+        if {value.ndim for value in values} <= {0}:
+            row[0] = values
+            return row
+        for place, value in enumerate(values):
+            table[:, place] = value
+        return table
 
     def alarm(self) -> bool:
         """Whether the guard found the norm of the gradients not finite, in the pass just made."""
         norm = self.program.gradient_norm
-        return norm is not None and norm in self.known and not bool(np.isfinite(self.known[norm]).all())
+        return norm is not None and norm in self.known and not np.all(np.isfinite(self.known[norm]))
 
     def finish(self, vectors: Mapping[str, Floats]) -> None:
         """Store what elementwise code does not."""
@@ -151,13 +153,15 @@ class Plan:
             if node.kind is Class.LENT or self.program.slots[name].per != "tensor":
                 for lender in self.lenders:
                     lender.store(node, name, self.known)
+            elif self.everyone:
+                np.copyto(vectors[name], self.known[node], where=self.active)
             else:
                 values = np.broadcast_to(self.known[node], (len(self.places),))
                 vectors[name][self.places[self.active]] = values[self.active]
 
     def _check_idle(self, numbers: Floats) -> None:
         """Refuse row-sparse gradients where a part that reads all of the weight is not idle."""
-        for place, key in enumerate(self.program.numbers if self.sparse else ()):
+        for place, key in enumerate(self.program.numbers):
             part = self.program.idle.get(key)
             found = next(
                 (bucket for bucket in self.sparse if part and numbers[place][bucket.index].any()), None
@@ -175,29 +179,14 @@ class Plan:
         return self.sized[over]
 
     def _settle(self, numbers: Floats) -> None:
-        """Compute what follows from numbers alone, once for all steps until they change."""
+        """Take up other numbers than those of the step before."""
         self.numbers = numbers
-        rows = {key: _shared(numbers[place]) for place, key in enumerate(self.program.numbers)}
-        self.steady = constants(self.program.nodes)
-        self.steady |= {node: rows[node.payload] for node in self.program.nodes if node.word_name == "number"}
-        for node in self.program.nodes:
-            settled = node.operands and all(operand in self.steady for operand in node.operands)
-            if settled and node.kind < Class.LENT and node.word_name not in REDUCTIONS:
-                fold([node], self.steady)
-        self.moving = [[node for node in order if node not in self.steady] for order in self.orders]
-        self.changing, self.settled_alike = [], []
-        for depth, (row, _) in enumerate(self.alike):
-            table, places = self.columns[depth], list(enumerate(self.program.stages[depth].scalars))
-            self.changing.append([(place, node) for place, node in places if node not in self.steady])
-            held = [(place, self.steady[node]) for place, node in places if node in self.steady]
-            self.settled_alike.append(all(value.size == 1 for _, value in held))
-            for place, value in held:
-                table[:, place] = value
-                row[place] = value.flat[0]
+        rows = {key: _shared(row) for key, row in zip(self.program.numbers, numbers, strict=True)}
+        self.steady = self.literals | {node: rows[node.payload] for node in self.given}
 
     def _lend(self, stage: Stage) -> None:
         """Let the library compute what this stage needs, and lay it out."""
-        wanted = [*stage.scalars, *stage.lent, *(self.program.after.values() if stage.last else ())]
+        wanted = [*stage.leaves, *stage.lent, *(self.program.after.values() if stage.last else ())]
         for node in wanted:
             self._settle_node(node)
         for bucket, lender in zip(self.buckets, self.lenders, strict=True):
@@ -237,10 +226,12 @@ class Plan:
         self.known[node] = numbers
 
 
-def _shared(values: NDArray[Any]) -> NDArray[Any]:
-    """A single entry where every member has the same: what follows from it is then computed once."""
+def _shared(values: NDArray[Any]) -> Any:
+    """One number where every member has the same: what follows from it is then computed once."""
+    if values.strides[0] == 0:
+        return values[0]
     bits = values.tobytes()  # -0 is not 0
-    return values[:1] if bits[8:] == bits[:-8] else values
+    return values[0] if bits[8:] == bits[:-8] else values
 
 
 def _kinds(

@@ -74,17 +74,17 @@ class RowsBucket:
     def lay(self, arrays: Mapping[str, list[Tensor]]) -> None:
         """Nothing is lent of rows: rules that lend take no sparse gradients."""
 
-    def reduce(self, stage: Stage, columns: Floats, noise: Table) -> tuple[Floats, NDArray[np.int64]]:
+    def reduce(self, stage: Stage, leaves: Floats, noise: Table) -> tuple[Floats, NDArray[np.int64]]:
         """Partial results over the rows, and their owners."""
-        parts = [bucket.reduce(stage, columns, noise) for bucket in self.inner]
+        parts = [bucket.reduce(stage, leaves, noise) for bucket in self.inner]
         if not parts:
             return np.zeros((0, len(stage.reductions))), np.zeros(0, dtype=np.int64)
         return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
-    def apply(self, stage: Stage, columns: Floats, noise: Table) -> None:
+    def apply(self, stage: Stage, leaves: Floats, noise: Table) -> None:
         """Step the rows and put them back."""
         for bucket in self.inner:
-            bucket.apply(stage, columns, noise)
+            bucket.apply(stage, leaves, noise)
         for i, rows, picked in zip(self.places, self.rows, self.picked, strict=True):
             member = self.members[i]
             member.weight.detach().index_copy_(0, rows, picked.weight)

@@ -10,6 +10,9 @@ from downslope.rules.value import LINES
 CHUNK = 32_768
 """Numbers per row of the table. Fixed, so that sums do not depend on the number of threads."""
 
+SPAN = 1_024
+"""Numbers for which lines are spread at once, so that they stay in the nearest cache."""
+
 
 def fixed(program: Program) -> int:
     """Columns of the table before the pointers: the length of the chunk and its row of scalars; where random
@@ -49,6 +52,7 @@ _WORDS = {
     "le": "{0} <= {1}",
     "gt": "{0} > {1}",
     "ge": "{0} >= {1}",
+    "mod": "{0} % {1}",  # of scalars only
     "isfinite": "abs({0}) < INFINITY",
     "where": "{1} if {0} else {2}",
     "sign": "ONE if {0} > ZERO else (-ONE if {0} < ZERO else {0})",
@@ -72,17 +76,24 @@ from downslope.kernels.compiled import accumulate, claim, entry, fused, jit, poi
 ZERO, ONE, INFINITY, NAN = {dtype}(0.0), {dtype}(1.0), {dtype}(math.inf), {dtype}(math.nan)
 
 
-@jit("void(int64[:, ::1], {dtype}[:, ::1], float64[:, ::1], int64[::1])")
-def kernel(table, scalars, partials, cursor):
+@jit("void(int64[:, ::1], float64[:, ::1], int64[:, ::1], float64[:, ::1], int64[::1])")
+def kernel(table, leaves, bits, partials, cursor):
     rows = len(table)
     grain = cursor[1]
-{unrolled}    while True:
+    known = -1
+{before}    while True:
         first = claim(cursor.ctypes.data, grain)
         if first >= rows:
             break
         for chunk in range(first, min(first + grain, rows)):
             length = table[chunk, 0]
-            row = table[chunk, 1]
+            row = table[chunk, 1] if len(leaves) > 1 else 0
+            alike = known >= 0
+            for place in range(bits.shape[1] if row != known else 0):
+                alike = alike and bits[row, place] == bits[known, place]  # -0 is not 0
+            known = row
+            if not alike:
+{folded}
 '''
 
 _ENTRY = """
@@ -92,9 +103,10 @@ _ENTRY = """
 def start(job):
     word = carray(job, (9,), int64)
     table = carray(pointer(word[5]), (word[0], word[1]), int64)
-    scalars = carray(pointer(word[6]), (word[2], word[3]), {dtype})
+    leaves = carray(pointer(word[6]), (word[2], word[3]), float64)
+    bits = carray(pointer(word[6]), (word[2], word[3]), int64)
     partials = carray(pointer(word[7]), (word[0], word[4]), float64)
-    kernel(table, scalars, partials, carray(pointer(word[8]), (2,), int64))
+    kernel(table, leaves, bits, partials, carray(pointer(word[8]), (2,), int64))
 """
 
 
@@ -106,20 +118,30 @@ _MEMORY = {
 }
 """How weights and gradients of a dtype lie in memory, and how they are read and written."""
 
+BYTES = {"float32": 4, "float64": 8, "uint16": 2}
+
 
 def source(stage: Stage, program: Program, stored: str) -> str:
     """The text of a module whose `start(job)` runs `stage` on chunk after chunk, as long as the cursor of the
     job, which several threads share, has any left. A job is nine words: five sizes and four addresses.
     """
     code = _Code(program, stage, stored)
-    lines = [f"            {line}" for line in code.head()]
-    lines.append("            for i in range(length):")
-    lines += [f"                {line}" for line in code.body()]
-    lines += [f"            partials[chunk, {place}] = r{place}" for place in range(len(stage.reductions))]
-    made = f"np.empty({CHUNK}, {code.dtype})"
-    unrolled = "".join(f"    a{code.column[name]} = {made}\n" for name in stage.loads if name in code.lines)
-    head = _HEAD.format(dtype=code.dtype, imports=code.imports, unrolled=unrolled)
-    return head + "\n".join(lines) + _ENTRY.format(dtype=code.dtype)
+    folded = "\n".join(f"                {line}" for line in code.fold())
+    unrolled = [f"a{code.column[name]}" for name in stage.loads if name in code.lines]
+    span = SPAN if unrolled else CHUNK
+    sums = range(len(stage.reductions))
+    lines = [f"            r{place} = 0.0" for place in sums]
+    lines.append(f"            for start in range(0, length, {span}):")
+    lines.append(f"                count = min({span}, length - start)")
+    lines += [f"                {line}" for line in code.head()]
+    lines.append("                for i in range(count):")
+    lines += [f"                    {line}" for line in code.body()]
+    lines += [f"            partials[chunk, {place}] = r{place}" for place in sums]
+    before = [f"{name} = np.empty({span}, {code.dtype})" for name in unrolled]
+    before += [f"{code.names[node]} = {code.scalar(node, 'ZERO')}" for node in stage.scalars]
+    told = "".join(f"    {line}\n" for line in before)
+    head = _HEAD.format(dtype=code.dtype, imports=code.imports, before=told, folded=folded)
+    return head + "\n".join(lines) + _ENTRY
 
 
 class _Code:
@@ -143,25 +165,39 @@ class _Code:
         lines = ["from numba import uint16"] * (self.memory == "uint16")
         return "\n".join([*lines, *(f"from downslope.kernels.half import {name}" for name in names)])
 
+    def fold(self) -> list[str]:
+        """Scalars, in float64 from their leaves, once for all chunks in a row that have the same."""
+        lines = [f"n{place} = leaves[row, {place}]" for place in range(len(self.stage.leaves))]
+        self.names |= {node: f"n{place}" for place, node in enumerate(self.stage.leaves)}
+        for node in self.stage.folded:
+            operands = [self._name(operand, "float64") for operand in node.operands]
+            self.names[node] = f"s{len(lines)}"
+            lines.append(f"{self.names[node]} = " + _WORDS[node.word_name].format(*operands))
+        lines += [f"c{place} = {self.scalar(node)}" for place, node in enumerate(self.stage.scalars)]
+        self.names = {node: f"c{place}" for place, node in enumerate(self.stage.scalars)}
+        return lines or ["pass"]
+
+    def scalar(self, node: Node, value: str = "") -> str:
+        """A scalar as elementwise code reads it: a condition, or a number of its dtype."""
+        value = value or self.names[node]
+        return f"{value} != ZERO" if node.word_name in _CONDITIONS else f"{self.dtype}({value})"
+
     def head(self) -> list[str]:
-        """Scalars, arrays and sums, once a chunk."""
+        """Arrays, once a span of a chunk."""
         head: list[str] = []
-        for place, node in enumerate(self.stage.scalars):
-            self.names[node] = f"c{place}"
-            condition = " != ZERO" if node.word_name in _CONDITIONS else ""
-            head.append(f"c{place} = scalars[row, {place}]{condition}")
         for name in sorted({*self.stage.loads, *self.stage.stores}, key=self.column.__getitem__):
             place, kind = self.column[name], self.memory if name in ("g", "p") else self.dtype
             if name in self.lines:
                 at, begin = self.lines[name], min(self.lines.values()) - 1
-                where = f"table[chunk, {place}], table[chunk, {begin}], length"
+                where = f"table[chunk, {place}], table[chunk, {begin}] + start, count"
                 head.append(f"unroll(a{place}, {where}, table[chunk, {at}], table[chunk, {at + 1}])")
                 continue
-            head.append(f"a{place} = carray(pointer(table[chunk, {place}]), (length,), {kind})")
+            address = f"table[chunk, {place}] + start * {BYTES[kind]}"
+            head.append(f"a{place} = carray(pointer({address}), (count,), {kind})")
         if self.program.noises:
-            head.append("place = table[chunk, 2]")
+            head.append("place = table[chunk, 2] + start")
             head += [f"key{k} = table[chunk, {3 + k}]" for k in range(len(self.program.noises))]
-        return head + [f"r{place} = 0.0" for place in range(len(self.stage.reductions))]
+        return head
 
     def body(self) -> list[str]:
         """What is done to every element."""
@@ -194,13 +230,13 @@ class _Code:
             return f"{self.names[node]} = fused({product[0]}, {product[1]}, {operands[1]})"
         return f"{self.names[node]} = " + _WORDS[node.word_name].format(*operands, stored=self.stored)
 
-    def _name(self, node: Node) -> str:
+    def _name(self, node: Node, dtype: str = "") -> str:
         if node.word_name != "constant":
             return self.names[node]
         value = float.fromhex(node.payload)
         if value != value or value in (float("inf"), float("-inf")):
             return "NAN" if value != value else "INFINITY" if value > 0 else "(-INFINITY)"
-        return f"{self.dtype}({value!r})"
+        return f"{dtype or self.dtype}({value!r})"
 
 
 def runs(stage: Stage) -> bool:

@@ -61,6 +61,12 @@ class Update:
         return [member.name for member in self.members]
 
     @cached_property
+    def running(self) -> list[list[Any]]:
+        """The plans that have a stage of a depth, by depth."""
+        deepest = max(len(plan.program.stages) for plan in self.plans)
+        return [[plan for plan in self.plans if depth < len(plan.program.stages)] for depth in range(deepest)]
+
+    @cached_property
     def buckets(self) -> list[Any]:
         """What the executors step together."""
         return [bucket for plan in self.plans for bucket in plan.buckets]
@@ -68,7 +74,7 @@ class Update:
     def gather(self, everyone: bool = False) -> NDArray[np.bool_] | None:
         """Look up this step's gradients; which parameters have one. None if a parameter's memory moved, so
         that the update must be made anew. With `everyone` the programs read no gradient, and step all."""
-        active = np.zeros(len(self.members), dtype=bool)
+        gathered: list[tuple[Plan, NDArray[np.bool_]]] = []
         for plan in self.plans:
             try:
                 having = plan.gather(everyone)
@@ -79,8 +85,11 @@ class Update:
                 raise BadInput(
                     f"{name} has a sparse gradient, which {plan.program.dense} cannot take; use sparse=False."
                 ) from None
-            if having is None:
-                return None
+            if having is None or plan.everyone:  # there is no other
+                return having
+            gathered.append((plan, having))
+        active = np.zeros(len(self.members), dtype=bool)
+        for plan, having in gathered:
             active[plan.places] = having
         return active
 
@@ -97,10 +106,10 @@ class Update:
         counts = self._counts(active)
         for plan, table in zip(self.plans, numbers, strict=True):
             plan.begin(table, t, step, active, counts, self.vectors)
-        for depth in range(max(len(plan.program.stages) for plan in self.plans)):
-            running = [plan for plan in self.plans if depth < len(plan.program.stages)]
+        for depth, running in enumerate(self.running):
             wanted = [(plan, plan.pass_over(depth)) for plan in running]
-            self._combine(depth, [(plan, parts) for plan, parts in wanted if parts is not None])
+            if parts := [(plan, parts) for plan, parts in wanted if parts is not None]:
+                self._combine(depth, parts)
             if any(plan.alarm() for plan in running):
                 culprits = self._culprits()
                 if len(culprits):
@@ -140,9 +149,10 @@ class Update:
                     wide.setdefault(node.meaning, []).append((plan, node, column, owners))
         for entries in wide.values():
             node = entries[0][1]
-            column = np.concatenate([entry[2] for entry in entries])
+            columns = [entry[2] for entry in entries]
+            column = columns[0] if len(columns) == 1 else np.concatenate(columns)
             if node.payload == "all":
-                one = np.full(1, combine(node.word_name, column))
+                one = np.float64(combine(node.word_name, column))
                 for plan, own, _, _ in entries:
                     plan.known[own] = one
                 continue

@@ -20,13 +20,11 @@ from enum import IntEnum
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from downslope.errors import BadInput
 from downslope.rules.chain import Chain, Key
 from downslope.rules.matrix_words import shape_of
 from downslope.rules.slot import Slot
-from downslope.rules.value import LINES, REDUCTIONS, SCOPES, WORDS, Number, Operand, Value
+from downslope.rules.value import LINES, REDUCTIONS, SCOPES, Number, Operand, Value
 
 
 class Class(IntEnum):
@@ -176,6 +174,17 @@ class Stage:
     last: bool
 
     @cached_property
+    def folded(self) -> tuple[Node, ...]:
+        """The scalars that follow from others, operands first: from `leaves` and constants, in the end."""
+        return tuple(_reach(self.scalars, lambda node: not _given(node)))
+
+    @cached_property
+    def leaves(self) -> tuple[Node, ...]:
+        """What the scalars follow from: numbers, counters, reductions, what a library made of a tensor."""
+        every = [*(operand for node in self.folded for operand in node.operands), *self.scalars]
+        return tuple(dict.fromkeys(node for node in every if _given(node) and node.word_name != "constant"))
+
+    @cached_property
     def loads(self) -> tuple[str, ...]:
         """The arrays read, "g" and "p", slots and what came back from a library by name, in a fixed order."""
         own = {node.payload for node in self.elements if node.word_name == "input"}
@@ -254,6 +263,12 @@ class Program:
         own = [name for name, slot in self.slots.items() if slot.per == "element"]
         lent = dict.fromkeys(name for stage in self.stages for name in stage.lent.values())
         return ("g", "p", *own, *self.works, *lent)
+
+
+def _given(node: Node) -> bool:
+    """Whether a scalar is not folded from others."""
+    lent = any(operand.kind >= Class.LENT for operand in node.operands)
+    return lent or not node.operands or node.word_name in REDUCTIONS
 
 
 def _from_lent(node: Node) -> bool:
@@ -399,16 +414,3 @@ def _reach(roots: Iterable[Node], inside: Any = lambda node: True) -> list[Node]
 def scalars(nodes: Iterable[Node]) -> list[Node]:
     """The scalar nodes that `nodes` need, operands first, down to inputs, constants and reductions."""
     return _reach(nodes, lambda node: node.kind < Class.LENT and node.word_name not in REDUCTIONS)
-
-
-def fold(order: Iterable[Node], known: dict[Node, Any]) -> None:
-    """Add the values of scalar nodes to `known`, which holds the leaves: float64, one entry a parameter."""
-    with np.errstate(all="ignore"):
-        for node in order:
-            if node not in known:
-                known[node] = WORDS[node.word_name](*[known[operand] for operand in node.operands])
-
-
-def constants(nodes: Iterable[Node]) -> dict[Node, Any]:
-    """The values of the numbers written in a rule."""
-    return {node: np.float64(float.fromhex(node.payload)) for node in nodes if node.word_name == "constant"}
