@@ -277,3 +277,21 @@ def test_without_names_a_resumed_run_is_told_that_order_counts(tmp_path: Path) -
     with pytest.warns(UserWarning, match="matched by order"):
         interrupted(whole, resumed, tmp_path)
     assert_equal(whole.trajectory[-1], resumed.trajectory[-1])
+
+
+def test_batches_of_ours_fill_every_epoch_and_resume_at_its_end(tmp_path: Path) -> None:
+    """Lightning counts the batches of an epoch by itself, and never asks a loader for its end."""
+    trajectories, data = [], batches().dataset
+    for start in (None, tmp_path / "epoch=1.ckpt"):
+        module = Regression(of(ds.AdamW, lr=0.02))
+        loader = ds.Batches(DataLoader(data, batch_sampler=ds.Sampler(data, 8, seed=1)))
+        saved = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
+        made = trainer(callbacks=[ds.keep_generators(), saved], enable_checkpointing=True)
+        made.fit(module, loader, ckpt_path=start, weights_only=True)
+        assert made.current_epoch == EPOCHS
+        assert loader.epoch * BATCHES + loader.position == EPOCHS * BATCHES
+        trajectories.append(module.trajectory)
+    whole, resumed = trajectories
+    assert len(whole) == BATCHES * EPOCHS
+    for one, two in zip(whole[HALF:], resumed, strict=True):
+        assert_equal(one, two)

@@ -296,6 +296,17 @@ def test_what_counts_is_what_was_delivered(workers: int, persistent: bool) -> No
     )
 
 
+@pytest.mark.parametrize(("workers", "persistent"), WORKERS)
+def test_a_loop_that_counts_by_itself_gets_whole_epochs(workers: int, persistent: bool) -> None:
+    """As Lightning's, it never asks for the end of an epoch."""
+    counted, plainly = Batches(loader(workers, persistent)), Batches(loader())
+    for epoch in range(3):
+        assert counted.epoch == max(0, epoch - 1)
+        seen = [plain(batch) for batch in islice(counted, len(counted))]
+        assert seen == [plain(batch) for batch in plainly]
+    assert (counted.epoch, counted.position) == (2, 5)
+
+
 def trained(batches: Batches, start: Any = None) -> tuple[list[Any], list[Any]]:
     """What a training of two epochs sees, drops out and saves, from the state it starts with."""
     seen, states = [], []

@@ -28,9 +28,9 @@ class Batches:
     What counts is what was delivered, whatever workers fetched ahead; so save at the end of the loop's body.
     Its state is plain data. A DataLoader whose `batch_sampler` is a `Sampler` resumes at any batch at no
     cost, one that has a state_dict of its own by that; any other at the start of the epoch, of which it
-    warns. A loop that was left early goes on with the next batch; `epoch` moves on at the end of a pass. A
-    state that is loaded inside the loop takes effect with the next batch. Raises BatchLost.
-    Not for: a loader that something else reads too, whose batches it would not count.
+    warns. A loop that was left early goes on with the next batch; `epoch` moves on at the end of a pass, or
+    where the next begins. A state that is loaded inside the loop takes effect with the next batch. Raises
+    BatchLost. Not for: a loader that something else reads too, whose batches it would not count.
 
     >>> from torch.utils.data import DataLoader
     >>> from downslope.train.sampler import Sampler
@@ -60,6 +60,8 @@ class Batches:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
+        if self._counted_out() and (batch := self._next()) is not _END:
+            yield batch
         while (batch := self._next()) is not _END:
             yield batch
 
@@ -79,6 +81,14 @@ class Batches:
             raise
         except (KeyError, TypeError, ValueError) as error:
             raise BadInput(f"this is not the state of Batches: {error!r}.") from None
+
+    def _counted_out(self) -> bool:
+        """Whether a loop that counts by itself, as Lightning's does, took all and never asked for the end."""
+        if self._live is None or not hasattr(self.loader, "__len__"):
+            return False
+        with suppress(TypeError):  # a DataLoader over an iterable dataset does not know
+            return self.position >= len(self.loader)
+        return False
 
     def _next(self) -> Any:
         course = self._course

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from downslope.errors import BadInput
 from downslope.tasks.guest import guest
 from downslope.train import hidden
+from downslope.train.batches import Batches
 from downslope.train.checkpoint import Folder
 from downslope.train.random import Generators
 from downslope.train.state import TrainState
@@ -273,21 +274,37 @@ class HuggingFace:
 def keep_generators() -> Any:
     """A callback for `lightning.Trainer` that puts the generators of torch, numpy and python into Lightning's
     checkpoints, where they are missing: with it, dropout and augmentation go on where they stopped.
+
+    The place in `Batches` too, which Lightning does not load at the end of a pass over the data: the next
+    pass begins then. BadInput with several processes, each of which has generators of its own.
     """
     from lightning.pytorch import Callback
 
     class Kept(Callback):
         generators: Generators | None = None
+        places: Sequence[dict[str, Any]] = ()
+
+        def setup(self, trainer: Any, module: Any, stage: str) -> None:
+            if trainer.world_size > 1:
+                raise BadInput("keep_generators keeps those of one process, not of several.")
+            self.trainer = trainer
 
         def state_dict(self) -> dict[str, Any]:
-            return Generators.now().data()
+            places = [batches.state_dict() for batches in _batches(self.trainer)]
+            return {"generators": Generators.now().data(), "batches": places}
 
         def load_state_dict(self, saved: dict[str, Any]) -> None:
-            self.generators = Generators.from_data(saved)
+            self.generators, self.places = Generators.from_data(saved["generators"]), saved["batches"]
 
         def on_train_start(self, trainer: Any, module: Any) -> None:
-            if self.generators is not None:  # not before: to get there, generators were asked
-                self.generators.restore()
+            if self.generators is None:
+                return
+            for batches, place in zip(_batches(trainer), self.places, strict=True):
+                batches.load_state_dict(place)
+                if batches.position >= len(batches):
+                    next(iter(batches), None)  # the end, for which Lightning, who counts, never asks
+            self.generators.restore()  # not before: to get there, generators were asked
+            self.generators = None
 
     return Kept()
 
@@ -303,6 +320,13 @@ def trainer_of(made: object) -> OfTrainer | None:
     if "transformers.Trainer" in kinds and not rest:
         return OfTrainer(HuggingFace(first), first.train_dataset)
     return None
+
+
+def _batches(trainer: Any) -> list[Batches]:
+    """Those of ours among Lightning's loaders for training: one, a list, or a dict."""
+    held = trainer.train_dataloader
+    every = held.values() if isinstance(held, dict) else held if isinstance(held, list | tuple) else [held]
+    return [loader for loader in every if isinstance(loader, Batches)]
 
 
 def _numbered(name: str, held: list[Any]) -> dict[str, Any]:
