@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import downslope as ds
 from downslope.parallel import Ranks, joined
-from downslope.train import Training
+from downslope.train import Training, training
 from downslope.train.shared import Drifted, check_one_state
 
 SIZES = (2, 3)
@@ -80,6 +80,18 @@ def loss(model: nn.Module, batch: Any) -> Tensor:
     inputs, targets = batch
     scores: Tensor = model.score(inputs)  # type: ignore[operator]
     return nn.functional.cross_entropy(scores, targets)
+
+
+def forward(model: nn.Module, batch: Any) -> Tensor:
+    """The loss of a model that is only called, as teachers need it."""
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def teacher(run: str) -> nn.Module:
+    """What stands for a finished run."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(17)
+        return Net().eval()
 
 
 def broken(model: nn.Module, batch: Any) -> Tensor:
@@ -166,6 +178,24 @@ CASES = {
             model=Duel, loss=None, players={"left": ds.Player(gap), "right": ds.Player(gap, 2)}
         ),
         shard=False,
+    ),
+    "growth": Case(lambda: recipe(strategies={"growth": S.growth(times=ds.linear(1, steps="100 %", end=4))})),
+    "growth by the data": Case(
+        lambda: recipe(
+            ds.chain(ds.adamw(lr=0.02, eps=1e-3)),
+            strategies={
+                "growth": S.growth(times=ds.multistep(1, at=("26 samples", "2 epochs"), factor=2)),
+                "micro": S.micro(items=5),
+            },
+        )
+    ),
+    "teacher": Case(
+        lambda: recipe(strategies={"teacher": S.teacher(run="one", temperature=2.0)}),
+        lambda: task(loss=forward),
+    ),
+    "teacher, cache": Case(
+        lambda: recipe(strategies={"teacher": S.teacher(run="one", temperature=2.0, cache=2)}),
+        lambda: task(loss=forward),
     ),
     "batchnorm": Case(task=lambda: task(model=Normed), near=None),
 }
@@ -286,6 +316,7 @@ def forked(size: int, folder: Path) -> list[int]:
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     torch.set_num_threads(1)
+    training.trained = teacher  # type: ignore[attr-defined]
     warnings.simplefilter("ignore")
     alone = {name: tried(lambda n=name: found(n, None, place)) for name in CASES}  # type: ignore[misc]
     (place / "1-0.json").write_text(json.dumps(alone))

@@ -151,8 +151,10 @@ class teacher(Strategy):
         models = {run: training.teacher(run).to(device) for run in self.runs}
         (batch,) = training.batches(1)
         inputs, _ = _pair(batch)
-        classes = _check_answers(models, training.model, inputs)
-        taught, places = self._remembered(self._taught(models), training, classes)
+        with torch.no_grad():
+            own = training.of(lambda student, given: logits_of(Teacher(student)(given)).shape, inputs)
+        _check_answers(models, own, inputs)
+        taught, places = self._remembered(self._taught(models), training, own[-1])
         with torch.random.fork_rng(devices=[]):  # a student draws as it would alone
             torch.manual_seed(training.seed)
             loss = distill(
@@ -329,9 +331,8 @@ def _pair(batch: Batch) -> tuple[Any, Tensor]:
     return batch[0], batch[1]
 
 
-def _check_answers(models: Mapping[str, nn.Module], student: nn.Module, inputs: Any) -> int:
-    """How many classes there are. BadInput for a teacher of other inputs or other classes."""
-    own = logits_of(Teacher(student)(inputs)).shape
+def _check_answers(models: Mapping[str, nn.Module], own: torch.Size, inputs: Any) -> None:
+    """BadInput for a teacher of other inputs, or other classes than those of the student's logits."""
     for run, model in models.items():
         try:
             theirs = Teacher(model).logits(inputs).shape
@@ -343,7 +344,6 @@ def _check_answers(models: Mapping[str, nn.Module], student: nn.Module, inputs: 
                 f"the teacher in {run} answers with logits of shape {list(theirs)}, and the student with "
                 f"{list(own)}: they must have the same positions and classes."
             )
-    return own[-1]
 
 
 def _sha(model: nn.Module) -> str:

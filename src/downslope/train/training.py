@@ -169,6 +169,7 @@ class Training:
         self.sides: tuple[Side, ...] = sides(
             self.task, self.recipe, self.objective, self.steps, self.steps_per_epoch
         )
+        training.objective = self.objective.of
         training.optimizer = self.sides[0].optimizer  # several share only strategies that do not touch it
         self.company = begin(strategies, training)
         self._compute(device)
