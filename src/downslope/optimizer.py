@@ -232,9 +232,7 @@ class Optimizer(torch.optim.Optimizer):
             raise BadInput("the evaluation weights are in place; leave averaged() before the next step.")
         for group, following in zip(self.param_groups, self._following, strict=True):
             if "initial_lr" in group and ("lr", None) in following:
-                raise BadInput(
-                    "lr follows a schedule of the chain and a scheduler of torch was attached too; keep one."
-                )
+                raise BadInput("lr follows a schedule of the chain and one of torch's too; keep one.")
         loss = None
         if closure is not None:
             with torch.enable_grad():
