@@ -82,6 +82,17 @@ def test_with_nothing_changed_it_ends_in_the_bits_of_the_run_itself(begun: Path,
     assert content(begun) == before
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_branch_computes_as_the_run_did(precision: str, tmp_path: Path) -> None:
+    given = {"seed": 1, "save_every": 8, "quiet": True, "precision": precision}
+    with pulled_at(AT + 2):
+        ds.train(problems.rich(), problems.recipe(), out=tmp_path / "old", **given)
+    gone_on(tmp_path / "old", tmp_path / "new", problems.rich(), then="keep")
+    ds.resume(tmp_path / "old", problems.rich(), quiet=True)
+    assert last(tmp_path / "new").fields() == last(tmp_path / "old").fields()
+    assert json.loads((tmp_path / "new/run.json").read_text())["precision"] == precision
+
+
 @pytest.mark.parametrize("steps", [24, 60])
 def test_where_no_schedule_has_a_length_another_one_is_as_if_it_had_been_so_from_the_start(
     steps: int, tmp_path: Path
@@ -263,6 +274,23 @@ def test_parts_of_a_route_and_roles_keep_their_ratio_to_the_rate(tmp_path: Path)
     assert by_role["rest"] == pytest.approx([0.005] * 24)
     assert by_role["norm"] == pytest.approx([0.001] * 24)
     assert by_role["matrix"] == pytest.approx([0.15 * (1 - i / 40) for i in range(16, 40)])
+
+
+def test_a_new_rate_is_the_top_of_a_decay_that_is_in_force(begun: Path, tmp_path: Path) -> None:
+    changed(begun, tmp_path / "down", then="decay", steps=60)
+    half = stepped(tmp_path / "down", problems.rich(), "lr")
+    changed(tmp_path / "down", tmp_path / "half", rate=old_rate(AT) / 2)
+    found = stepped(tmp_path / "half", problems.rich(), "lr")
+    assert found == pytest.approx([rate / 2 for rate in half], rel=1e-12)
+
+
+def test_the_rate_of_the_first_player_is_what_all_keep_their_ratio_to(tmp_path: Path) -> None:
+    task = duel(every=3)
+    begin(tmp_path / "old", task.recipe, task)
+    made = changed(tmp_path / "old", tmp_path / "new", task, then="decay", rate=0.01)
+    maker = 1e-2 * as_cosine((5 - 1) / (13 - 1)) * (0.01 / 0.05)
+    assert made.courses["critic"].will(16) == pytest.approx(0.01, rel=1e-12)
+    assert made.courses["maker"].will(5) == pytest.approx(maker, rel=1e-12)
 
 
 def test_each_player_goes_on_by_its_own_updates(tmp_path: Path) -> None:
@@ -517,6 +545,7 @@ def test_what_is_over_is_over(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="above that, got 40"):
         changed(tmp_path / "old", None, task, steps=40, then="rewarm")
     assert changed(tmp_path / "old", None, task, steps=60, then="rewarm").step == 40
+    assert "nothing by it. rewarm would" in str(changed(tmp_path / "old", None, task, steps=60, then="keep"))
 
 
 def test_a_schedule_made_of_others_is_not_begun_again_by_a_guess(begun: Path, tmp_path: Path) -> None:

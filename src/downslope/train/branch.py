@@ -349,21 +349,25 @@ class _Change:
         return replace(made[""], steps=steps, strategies=strategies)
 
     def _turn(self, side: Side) -> Turn:
-        now = self._now(side)
-        step, asked = side.optimizer.steps, self.asked
-        left = max(1, now["run_steps"] - step)
-        turn = Turn(self.then, step, left, self._begun(side), now, warmup=asked.warmup, shape=asked.shape)
-        turn = replace(turn, seen=side.optimizer.seen)
-        if asked.rate is None:
-            if self.then == "decay" and turn.present(_part(self.old, side).chain.lr) == 0:
-                raise BadInput("the rate is 0 at the branch, and has nothing to decay from: take rewarm.")
-            return turn
-        return replace(turn, rate=float(asked.rate), of=self._top(turn))
+        turn, rate = self._bare(side), self.asked.rate
+        if rate is not None:
+            return replace(turn, rate=float(rate), of=self._top())
+        if self.then == "decay" and turn.present(_part(self.old, side).chain.lr) == 0:
+            raise BadInput("the rate is 0 at the branch, and has nothing to decay from: take rewarm.")
+        return turn
 
-    def _top(self, turn: Turn) -> float:
+    def _bare(self, side: Side) -> Turn:
+        """The turn of a side at the rate that it has."""
+        now, asked = self._now(side), self.asked
+        step, seen = side.optimizer.steps, side.optimizer.seen
+        left, begun = max(1, now["run_steps"] - step), self._begun(side)
+        return Turn(self.then, step, left, begun, now, warmup=asked.warmup, shape=asked.shape, seen=seen)
+
+    def _top(self) -> float:
         """What the rate that is asked for takes the place of: the main peak, or where a decay begins."""
-        now = _part(self.old, self.state.sides[0]).chain.lr
-        found = turn.present(now) if self.then == "decay" else self._peak()
+        first = self.state.sides[0]
+        begins = self.then == "decay"
+        found = self._bare(first).present(_part(self.old, first).chain.lr) if begins else self._peak()
         if found == 0:
             raise BadInput("the rate is 0, which no factor takes to another: give a recipe with the rate.")
         return found

@@ -196,7 +196,10 @@ def peak(rate: Schedule, step: int) -> float:
         return peak(rate.parts[place], step - (0, *numbers["at"])[place])
     if rate.kind == "product":
         return math.prod(peak(part, step) for part in rate.parts)
-    return peak(numbers["trunk"], step) if rate.kind == "branch" else rate.peak
+    if rate.kind == "branch":
+        trunk, start = numbers["trunk"], numbers["start"]
+        return peak(trunk, step) if step < start or trunk.reacts else float(trunk(start))
+    return rate.peak
 
 
 def course(then: str) -> str:
