@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -94,6 +94,22 @@ def lightning_counter() -> Any:
     return _lightning(Counting, _batches(), [ds.keep_generators()])
 
 
+class Told(Callback):
+    """It scales the rate by a counter of its own."""
+
+    def __init__(self) -> None:
+        self.told = 0
+
+    def on_train_batch_start(self, trainer: Any, module: Any, *given: Any) -> None:
+        self.told += 1
+        trainer.optimizers[0].param_groups[0]["lr"] /= self.told
+
+
+def lightning_callback() -> Any:
+    """Fault: a callback counts, and the counter is in no checkpoint."""
+    return _lightning(Net, _batches(), [ds.keep_generators(), Told()])
+
+
 def lightning_shuffled() -> Any:
     """Fault: a loader that shuffles, and does not know its place."""
     return _lightning(Net, DataLoader(_data(), 16, shuffle=True), [ds.keep_generators()])
@@ -159,6 +175,11 @@ def hugging_face_accumulating() -> Any:
 def hugging_face_restless() -> Any:
     """Fault: after a stop it begins its pass over the data anew."""
     return _hugging_face(Sentences(), ignore_data_skip=True)
+
+
+def hugging_face_bare() -> Any:
+    """Fault: its checkpoints hold nothing but the model."""
+    return _hugging_face(Sentences(), save_only_model=True)
 
 
 def hugging_face_noisy() -> Any:

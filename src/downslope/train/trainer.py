@@ -4,9 +4,10 @@ on with by their own checkpoints.
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
@@ -25,6 +26,7 @@ from downslope.train.state import TrainState
 StateOf = Callable[[], TrainState]
 
 _FILE = "lightning.ckpt"
+_OTHERS = {"downslope", "lightning", "pytorch_lightning", "transformers"}
 
 
 class Trainer(Protocol):
@@ -41,8 +43,11 @@ class Trainer(Protocol):
     def save(self, folder: Path) -> bool:
         """Save while it stands still; false if it can do so only by itself."""
 
-    def moved(self, folder: Path) -> None:
-        """Put into the folder what it saved by itself."""
+    def saved(self) -> None:
+        """It has done so by itself."""
+
+    def callbacks(self) -> Sequence[Any]:
+        """What is told of its course, and may keep something of it."""
 
     def causes(self) -> Iterator[tuple[str, str]]:
         """How a difference begins that its checkpoints explain, and what to do about it."""
@@ -80,7 +85,7 @@ class OfTrainer:
         if not self.trainer.save(folder):
             self._saves = True
             self._move()
-            self.trainer.moved(folder)
+            self.trainer.saved()
 
     def load(self, folder: Folder, steps: int) -> None:
         """Let the trainer go on from what it saved."""
@@ -92,11 +97,15 @@ class OfTrainer:
         return self._ready().fields()
 
     def hidden(self) -> Iterator[tuple[str, str]]:
-        """Attributes of the model's modules, and of the data."""
+        """Attributes of the model's modules, of the data, and of callbacks that are not the framework's."""
         model = self._ready().parts["model"]
         assert isinstance(model, nn.Module)
         yield from hidden.of_module(model)
         yield from hidden.of_object(getattr(self.data, "dataset", self.data), "the train data")
+        for callback in self.trainer.callbacks():
+            kind = type(callback)
+            if kind.__module__.partition(".")[0] not in _OTHERS:
+                yield from hidden.of_object(callback, f"the callback {kind.__name__}")
 
     def causes(self) -> Iterator[tuple[str, str]]:
         """What a framework leaves out, and a loader that knows no place."""
@@ -188,9 +197,8 @@ class Lightning:
 
     def attach(self, before: Callable[[StateOf], None], after: Callable[[], bool]) -> None:
         """By a callback, behind all others."""
-        from lightning.pytorch import Callback
 
-        class Told(Callback):
+        class Told(_lightning().Callback):  # type: ignore[misc]
             def on_train_batch_start(self, trainer: Any, module: Any, *given: Any) -> None:
                 self.steps = trainer.global_step
                 schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
@@ -212,8 +220,13 @@ class Lightning:
         self.trainer.save_checkpoint(folder / _FILE)
         return True
 
-    def moved(self, folder: Path) -> None:
-        """Nothing."""
+    def saved(self) -> None:
+        """Nothing is to be done."""
+
+    def callbacks(self) -> Sequence[Any]:
+        """Its callbacks."""
+        held: Sequence[Any] = self.trainer.callbacks
+        return held
 
     def causes(self) -> Iterator[tuple[str, str]]:
         """Its checkpoints have no generators, unless `keep_generators` puts them in."""
@@ -253,22 +266,33 @@ class HuggingFace:
 
     def fit(self, saved: Path | None) -> None:
         """Train."""
-        self.trainer.train(resume_from_checkpoint=None if saved is None else str(saved))
+        found = None if saved is None else str(next(saved.glob("checkpoint-*")))
+        self.trainer.train(resume_from_checkpoint=found)
 
     def save(self, folder: Path) -> bool:
-        """It does so only by itself."""
+        """It does so only by itself, and now there."""
+        self.folder, self.trainer.args.output_dir = self.trainer.args.output_dir, str(folder)
         return False
 
-    def moved(self, folder: Path) -> None:
-        """The newest that it saved."""
-        step = self.trainer.state.global_step
-        shutil.copytree(Path(self.trainer.args.output_dir, f"checkpoint-{step}"), folder, dirs_exist_ok=True)
+    def saved(self) -> None:
+        """It saves where it did before."""
+        self.trainer.args.output_dir = self.folder
 
     def causes(self) -> Iterator[tuple[str, str]]:
-        """A setting that gives up the place in the data."""
+        """Settings that give up the place in the data, or most of the state."""
+        if self.trainer.args.save_only_model:
+            told = "save_only_model leaves optimizer, scheduler and generators out of checkpoints"
+            yield from (
+                (begins, f"{told}: leave it out.") for begins in ("optimizer", "scheduler", "generator")
+            )
         if self.trainer.args.ignore_data_skip:
             told = "ignore_data_skip lets the trainer begin its pass over the data anew after a stop"
             yield "generator", f"{told}: leave it out."
+
+    def callbacks(self) -> Sequence[Any]:
+        """Its callbacks."""
+        held: Sequence[Any] = self.trainer.callback_handler.callbacks
+        return held
 
 
 def keep_generators() -> Any:
@@ -278,9 +302,8 @@ def keep_generators() -> Any:
     The place in `Batches` too, which Lightning does not load at the end of a pass over the data: the next
     pass begins then. BadInput with several processes, each of which has generators of its own.
     """
-    from lightning.pytorch import Callback
 
-    class Kept(Callback):
+    class Kept(_lightning().Callback):  # type: ignore[misc]
         generators: Generators | None = None
         places: Sequence[dict[str, Any]] = ()
 
@@ -320,6 +343,14 @@ def trainer_of(made: object) -> OfTrainer | None:
     if "transformers.Trainer" in kinds and not rest:
         return OfTrainer(HuggingFace(first), first.train_dataset)
     return None
+
+
+def _lightning() -> Any:
+    """The package, by whichever name it is installed. BadInput if it is not."""
+    for name in ("lightning.pytorch", "pytorch_lightning"):
+        with suppress(ImportError):
+            return import_module(name)
+    raise BadInput("this is for Lightning, which is not installed: pip install lightning.")
 
 
 def _batches(trainer: Any) -> list[Batches]:
