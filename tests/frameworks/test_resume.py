@@ -22,10 +22,10 @@ FITS = Path(__file__).with_name("fits.py")
     [
         ("lightning", 20),
         ("lightning", 6),
-        ("lightning_ours", 20),
+        pytest.param("lightning_ours", 20, marks=pytest.mark.deep),
         ("hugging_face", 20),
         ("hugging_face", 6),
-        ("hugging_face_accumulating", 10),
+        pytest.param("hugging_face_accumulating", 10, marks=pytest.mark.deep),
     ],
 )
 def test_a_trainers_own_checkpoints_go_on_to_the_bit(name: str, steps: int) -> None:

@@ -608,7 +608,7 @@ def killed_at(place: int | None, part: float = 0.0) -> Iterator[list[str]]:
                 yield seen
 
 
-@pytest.mark.parametrize("every", [11, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [11, pytest.param(1, marks=pytest.mark.faults)])
 def test_killed_at_any_operation_it_is_no_run_or_a_whole_one_and_goes_on(
     every: int, begun: Path, tmp_path: Path
 ) -> None:

@@ -465,12 +465,12 @@ def test_compiled_it_does_the_same_with_the_same_draws() -> None:
     [
         ({"dropout": S.dropout(rate=ds.multistep(0.3, at=[4], factor=0.5))}, 4),
         ({"freeze": S.freeze(until={"0.*": 4})}, 4),
-        ({"normalisation": S.normalisation(to="group")}, 3),
+        pytest.param({"normalisation": S.normalisation(to="group")}, 3, marks=pytest.mark.deep),
         ({"growth": S.growth(times=ds.multistep(1.0, at=[4], factor=2.0))}, 3),
-        ({"average": S.average(kind="ema", decay=0.9)}, 3),
-        ({"micro": S.micro(items=6)}, 4),
-        ({"depth": S.depth(branches=("0",), rate=0.5)}, 3),
-        ({"mix": S.mix(mixup=0.4)}, 3),
+        pytest.param({"average": S.average(kind="ema", decay=0.9)}, 3, marks=pytest.mark.deep),
+        pytest.param({"micro": S.micro(items=6)}, 4, marks=pytest.mark.deep),
+        pytest.param({"depth": S.depth(branches=("0",), rate=0.5)}, 3, marks=pytest.mark.deep),
+        pytest.param({"mix": S.mix(mixup=0.4)}, 3, marks=pytest.mark.deep),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -484,7 +484,7 @@ def test_what_changes_on_the_way_is_compiled_anew_and_right(strategies: Any, lea
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", [pytest.param("bf16", marks=pytest.mark.deep), "fp16"])
 def test_compiled_it_is_under_autocast_too(precision: str) -> None:
     """At a scale under which neither overflows: what is fused is not rounded to fp16 in between."""
     with compiling():
@@ -499,7 +499,7 @@ def test_compiled_it_is_under_autocast_too(precision: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", [None, "fp16"])
+@pytest.mark.parametrize("precision", [pytest.param(None, marks=pytest.mark.deep), "fp16"])
 def test_a_fresh_process_compiles_the_same(precision: str | None, monkeypatch: Any, tmp_path: Path) -> None:
     """Without anything of the first one's in a cache."""
     monkeypatch.setenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
@@ -581,8 +581,18 @@ def test_a_loop_of_ones_own_computes_as_it_likes() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("shard", [False, True])
-@pytest.mark.parametrize("given", [{"precision": "bf16"}, {"precision": "fp16"}, {"compile": True}], ids=str)
+@pytest.mark.parametrize(
+    ("given", "shard"),
+    [
+        ({"precision": "fp16"}, False),
+        ({"precision": "fp16"}, True),
+        ({"compile": True}, False),
+        pytest.param({"compile": True}, True, marks=pytest.mark.deep),
+        pytest.param({"precision": "bf16"}, False, marks=pytest.mark.deep),
+        pytest.param({"precision": "bf16"}, True, marks=pytest.mark.deep),
+    ],
+    ids=str,
+)
 def test_several_ranks_go_on_to_the_bit(given: Any, shard: bool) -> None:
     function = "sequential" if "compile" in given else "overflowing"
     proof = ds.verify_resume(f"{problems.__file__}:{function}", steps=14, nproc=2, shard=shard, **given)
