@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -26,6 +27,9 @@ from downslope.train.player import SKIPS
 from downslope.train.precision import Arithmetic
 
 S, loss, spiking, overflowing = ds.strategies, problems.entropy, problems.spiking, problems.overflowing
+NEEDS_COMPILER = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="the inductor backend needs a C++ compiler"
+)
 pytestmark = pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch, of itself
 BATCH = 16
 
@@ -431,6 +435,7 @@ def frames() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
+@NEEDS_COMPILER
 @contextmanager
 def compiling() -> Iterator[Callable[[], int]]:
     torch._dynamo.reset()
@@ -459,6 +464,7 @@ def test_compiled_it_does_the_same_with_the_same_draws() -> None:
     assert all("_orig_mod" not in name for name in weights(state.model))
 
 
+@NEEDS_COMPILER
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategies", "least"),
@@ -483,6 +489,7 @@ def test_what_changes_on_the_way_is_compiled_anew_and_right(strategies: Any, lea
         assert count() >= least
 
 
+@NEEDS_COMPILER
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", [pytest.param("bf16", marks=pytest.mark.deep), "fp16"])
 def test_compiled_it_is_under_autocast_too(precision: str) -> None:
@@ -498,6 +505,7 @@ def test_compiled_it_is_under_autocast_too(precision: str) -> None:
         torch.testing.assert_close(*both, rtol=1e-3 if precision == "fp16" else 2e-2, atol=0)
 
 
+@NEEDS_COMPILER
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", [pytest.param(None, marks=pytest.mark.deep), "fp16"])
 def test_a_fresh_process_compiles_the_same(precision: str | None, monkeypatch: Any, tmp_path: Path) -> None:
@@ -507,6 +515,7 @@ def test_a_fresh_process_compiles_the_same(precision: str | None, monkeypatch: A
     assert proof, str(proof)
 
 
+@NEEDS_COMPILER
 @pytest.mark.slow
 def test_what_came_before_decides_nothing() -> None:
     """torch would go over to code for any size once it has seen two; here each size has its own."""
@@ -520,6 +529,7 @@ def test_what_came_before_decides_nothing() -> None:
     assert other.fields() == straight.fields()
 
 
+@NEEDS_COMPILER
 def test_a_model_that_takes_ever_new_forms_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision_module, "COMPILES", 2)
     rate = S.dropout(rate=ds.linear(0.5, steps="100 %", end=0.1))
@@ -528,6 +538,7 @@ def test_a_model_that_takes_ever_new_forms_is_given_up(monkeypatch: pytest.Monke
         state.advance(6)
 
 
+@NEEDS_COMPILER
 def test_a_model_that_cannot_be_compiled_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any, **__: Any) -> Any:
         raise ValueError("no such kernel\n  on this machine")
@@ -538,6 +549,7 @@ def test_a_model_that_cannot_be_compiled_is_one_sentence(monkeypatch: pytest.Mon
     assert "\n" not in str(told.value)
 
 
+@NEEDS_COMPILER
 def test_what_the_model_itself_raises_stays_its_own() -> None:
     class Wrong(Plain):
         def forward(self, x: Tensor) -> Tensor:
@@ -547,6 +559,7 @@ def test_what_the_model_itself_raises_stays_its_own() -> None:
         Training(task(model=Wrong), compile=True).advance(1)
 
 
+@NEEDS_COMPILER
 def test_a_loss_that_never_calls_the_model_is_told() -> None:
     def parts(model: nn.Module, batch: Any) -> Tensor:
         return nn.functional.cross_entropy(model.head(model.first(batch[0])), batch[1])  # type: ignore[operator]
@@ -555,6 +568,7 @@ def test_a_loss_that_never_calls_the_model_is_told() -> None:
         Training(task(loss=parts), compile=True).advance(1)
 
 
+@NEEDS_COMPILER
 @pytest.mark.slow
 def test_a_run_ends_in_a_model_that_is_as_it_was(tmp_path: Path) -> None:
     run = ds.train(problems.sequential(), out=tmp_path / "run", compile=True, quiet=True)
@@ -579,6 +593,7 @@ def test_a_loop_of_ones_own_computes_as_it_likes() -> None:
         ds.verify_resume(f"{Path(__file__).with_name('loops.py')}:plain", precision="bf16")
 
 
+@NEEDS_COMPILER
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
