@@ -88,7 +88,7 @@ class _Ladder(Live):
 
     def __init__(self, strategy: spikes, optimizer: Optimizer) -> None:
         self.strategy, self.optimizer = strategy, optimizer
-        self.losses: list[float] = []
+        self.losses: list[tuple[int, float]] = []  # of the last updates that were made, and their steps
         self.rung = -1  # of the ladder, last climbed
         self.quiet = 0  # updates since
         self.cutting = 0  # updates for which the rate is still cut
@@ -123,6 +123,8 @@ class _Ladder(Live):
 
     def before(self, step: int) -> None:
         self._step = step
+        # Back at an earlier state, later and lower losses would make a spike of every batch.
+        self.losses = [one for one in self.losses if one[0] < step]
         factor = self.lasting * (self.strategy.cut if self.cutting else 1.0)
         self._rates = []
         if factor != 1.0:
@@ -138,7 +140,7 @@ class _Ladder(Live):
                 group["lr"] = own
         self._back = False
         if applied:
-            self.losses = [*self.losses, self._loss][-self.strategy.window :]
+            self.losses = [*self.losses, (self._step, self._loss)][-self.strategy.window :]
             self.quiet += 1
             self.cutting = max(0, self.cutting - 1)
             if self.quiet >= self.strategy.calm:
@@ -156,13 +158,15 @@ class _Ladder(Live):
     def load(self, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         for name, value in data.items():
             setattr(self, name, value)
+        self.losses = [(step, loss) for step, loss in self.losses]
 
     def _limit(self) -> float:
         """The loss from which on it is a spike; none while too few were seen."""
         if len(self.losses) < self.strategy.window // 2:
             return math.inf
-        middle = median(self.losses)
-        spread = median(abs(loss - middle) for loss in self.losses)
+        losses = [loss for _, loss in self.losses]
+        middle = median(losses)
+        spread = median(abs(loss - middle) for loss in losses)
         return middle + self.strategy.deviations * _DEVIATION * max(spread, 1e-3 * abs(middle))
 
     def _climb(self) -> None:
