@@ -13,6 +13,7 @@ import torch
 from frameworks.trajectory import PAIRS, Make, Trajectory, assert_equal, assert_near, weights
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor import config as inductor
 
 import downslope as ds
 
@@ -170,9 +171,10 @@ def test_compiled_code_may_step(what: str) -> None:
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 def test_the_default_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # no pool of processes for one kernel
     ours, theirs, numbers = PAIRS["AdamW"]
-    model = wrapped("inductor")
-    found = trained(model, ours, **numbers)
+    # No pool of processes for one kernel. (monkeypatch would leave the setting deleted.)
+    with inductor.patch(compile_threads=1):
+        model = wrapped("inductor")
+        found = trained(model, ours, **numbers)
     assert list(tmp_path.rglob("*.cpp"))
     assert_near(found, trained(plain(), theirs, **numbers))

@@ -300,7 +300,7 @@ def keep_generators() -> Any:
     checkpoints, where they are missing: with it, dropout and augmentation go on where they stopped.
 
     The place in `Batches` too, which Lightning does not load at the end of a pass over the data: the next
-    pass begins then. BadInput with several processes, each of which has generators of its own.
+    pass begins then. Not for: several processes, each of which has generators of its own; BadInput.
     """
 
     class Kept(_lightning().Callback):  # type: ignore[misc]
