@@ -218,7 +218,6 @@ def test_every_import_is_declared_as_a_dependency() -> None:
         "llvmlite",
         "markupsafe",
         "triton",
-        "lightning",
         "transformers",
     }  # extra `tasks`; below numba and jinja2; with torch where there is a GPU; who brings such a trainer
     imported = {

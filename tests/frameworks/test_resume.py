@@ -38,7 +38,7 @@ def test_a_trainers_own_checkpoints_go_on_to_the_bit(name: str, steps: int) -> N
     [
         ("lightning_forgotten", "generator python when loaded", "callback keep_generators()"),
         ("lightning_counter", "at the end", "'seen' of the model"),
-        ("lightning_callback", "at the end", "'told' of the callback Told"),
+        ("lightning_callback", "lr when loaded", "'told' of the callback Told"),
         ("lightning_shuffled", "generator torch", "a DataLoader, which knows no place"),
         ("hugging_face_bare", "when loaded", "save_only_model"),
         ("hugging_face_noisy", "at the end", "'draws' of the train data"),
