@@ -21,8 +21,8 @@ NAMES = [str(path.relative_to(SRC / "downslope")) for path in FILES]
 FLOORS = {
     "errors": 0, "folder": 0, "journal": 0, "rules": 0, "schedule": 0, "toml": 0, "version": 0,
     "augment": 1, "curvature": 1, "distill": 1, "init": 1, "inspection": 1, "kernels": 1, "norm": 1,
-    "admission": 2, "average": 2, "dropin": 2, "foreign": 2, "groups": 2, "machine": 2, "optimizer": 2,
-    "state": 2,
+    "admission": 2, "average": 2, "dropin": 2, "following": 2, "foreign": 2, "groups": 2, "machine": 2,
+    "optimizer": 2, "state": 2,
     "recipe": 3, "strategies": 3,
     "parallel": 4, "tasks": 4,
     "train": 5,

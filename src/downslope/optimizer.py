@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
@@ -18,6 +18,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from downslope.admission import Parameters, admit, listed
 from downslope.errors import BadInput, nearest
+from downslope.following import Following, now, times, top
 from downslope.kernels.collective import agree, averaged, local, reshard
 from downslope.kernels.update import Skipped
 from downslope.machine import Machine, untracked
@@ -25,7 +26,6 @@ from downslope.rules import Chain, Part, Route, Rule
 from downslope.rules import chain as make_chain
 from downslope.rules.route import REST
 from downslope.rules.rule import check
-from downslope.schedule import Schedule
 from downslope.state import BESIDE, Loaded, Table, plain_name, restore
 
 TRIALS = 30
@@ -67,7 +67,7 @@ class Optimizer(torch.optim.Optimizer):
         self._ratios: list[float] = []
         self._model = parameters if isinstance(parameters, nn.Module) else model
         self._chains: list[Chain] = []
-        self._following: list[dict[tuple[str, int | None], Schedule]] = []
+        self._following: list[Following] = []
         self._made: Machine | None = None
         self._averaging, self._passes = False, 1
         self._having: bytes | None = None
@@ -121,18 +121,18 @@ class Optimizer(torch.optim.Optimizer):
             raise BadInput("parameters were given as a set, whose order changes between runs; give a list.")
         group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         group["step"] = self.param_groups[0]["step"] if self.param_groups else 0
-        following: dict[tuple[str, int | None], Schedule] = {}
+        following = Following()
         for key, default in settings.items():
             owner, name = chain.owner(key)
             check(key, name, group.get(key, default), default, owner)
-            _follow(following, group, key, group.get(key, default), self.seen)
+            following.give(group, key, group.get(key, default), self.seen)
         admit(group["params"], chain.matrix.name if chain.matrix else None)
         super().add_param_group(group)
         self._chains.append(chain)
         self._passes = 2 if any(chain.ascent for chain in self._chains) else 1
         self._following.append(following)
-        peak = _peak(settings["lr"])
-        self._ratios.append(_peak(following.get(("lr", None), group["lr"])) / peak if peak else 1.0)
+        peak = top(settings["lr"])
+        self._ratios.append(top(following.get(("lr", None), group["lr"])) / peak if peak else 1.0)
         self._made = None
 
     def follow(self, number: str, value: Any) -> None:
@@ -147,9 +147,9 @@ class Optimizer(torch.optim.Optimizer):
             raise BadInput(
                 f"{self.chain.name} has no number {number!r}.{hint} Allowed: {', '.join(allowed)}."
             )
-        peaks = [_peak(numbers.get(number)) for numbers in known]
+        peaks = [top(numbers.get(number)) for numbers in known]
         main = self._route.chains.get(REST)
-        first = _peak(main.defaults.get(number)) if main else peaks[0]
+        first = top(main.defaults.get(number)) if main else peaks[0]
         for group, following, chain, numbers, peak, own in zip(
             self.param_groups, self._following, self._chains, known, peaks, self._ratios, strict=True
         ):
@@ -157,7 +157,7 @@ class Optimizer(torch.optim.Optimizer):
                 owner, name = chain.owner(number)
                 check(number, name, value, numbers[number], owner)
                 ratio = own * peak / first if number == "lr" and peak and first else 1.0
-                _follow(following, group, number, value if ratio == 1.0 else _times(value, ratio), self.seen)
+                following.give(group, number, times(value, ratio), self.seen)
 
     def become(
         self,
@@ -174,15 +174,14 @@ class Optimizer(torch.optim.Optimizer):
         chains = [route.of(group.get("role")) for group in self.param_groups]
         for group, new in zip(self.param_groups, chains, strict=True):
             admit(group["params"], new.matrix.name if new.matrix else None)
-        plans: list[dict[tuple[str, int | None], Schedule]] = [{} for _ in chains]
+        plans = [Following() for _ in chains]
         everything = (self.param_groups, self._following, self._chains, chains, self._ratios, plans)
         for group, old, before, new, ratio, plan in zip(*everything, strict=True):
-            own = _own(group, old, before)
+            own = old.own(group, before)
             for key in before.defaults:
                 del group[key]
-            rate = new.defaults["lr"] if ratio == 1.0 else _times(new.defaults["lr"], ratio)
-            for key, value in {**new.defaults, "lr": rate}.items():
-                _follow(plan, group, key, own.get(key, value), self.seen)
+            for key, value in {**new.defaults, "lr": times(new.defaults["lr"], ratio)}.items():
+                plan.give(group, key, own.get(key, value), self.seen)
         self.chain, self._route, self._chains, self._following = made, route, chains, plans
         self.defaults, self._passes = _shared(route), 2 if any(new.ascent for new in chains) else 1
         self._made = None
@@ -196,9 +195,7 @@ class Optimizer(torch.optim.Optimizer):
         """Take note of a validation after `steps` updates; schedules that react go by it from the next on."""
         self.seen.append((self.steps, float(value)))
         for group, following in zip(self.param_groups, self._following, strict=True):
-            for (key, index), schedule in following.items():
-                if schedule.reacts:
-                    _write(group, key, index, schedule(group["step"], self.seen))
+            following.read(group, self.seen, reacting=True)
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -217,6 +214,15 @@ class Optimizer(torch.optim.Optimizer):
         # A training step that is compiled as a whole breaks off here: addresses cannot be traced.
         untraced: Callable[..., Any] = torch.compiler.disable(step)  # type: ignore[no-untyped-call]
         return step
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's, which looks at each gradient first, and makes a Python object of it to throw away."""
+        if not set_to_none or _profiler_enabled():
+            super().zero_grad(set_to_none)
+            return
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Apply one update to every parameter that has a gradient, and return what `closure`, if given,
@@ -465,8 +471,7 @@ class Optimizer(torch.optim.Optimizer):
         machine.counts += active
         for group, following in zip(self.param_groups, self._following, strict=True):
             group["step"] += 1
-            for (key, index), schedule in following.items():
-                _write(group, key, index, schedule(group["step"], self.seen))
+            following.read(group, self.seen)
 
 
 def _routed(chain: Chain | Part | Rule | Route) -> tuple[Chain | Route, Route]:
@@ -477,58 +482,8 @@ def _routed(chain: Chain | Part | Rule | Route) -> tuple[Chain | Route, Route]:
 def _shared(route: Route) -> dict[str, Any]:
     """The defaults of every param group."""
     first = next(iter(route.chains.values())).defaults
-    return {k: _live(v, 0) for k, v in (first if len(route.chains) == 1 else {"lr": first["lr"]}).items()}
-
-
-def _own(
-    group: Mapping[str, Any], following: Mapping[tuple[str, int | None], Schedule], chain: Chain
-) -> dict[str, Any]:
-    """The numbers of a group, its rate apart, that are not its chain's."""
-    scheduled = {key for key, index in following if index is not None}
-    now = {key: following.get((key, None), group[key]) for key in chain.defaults.keys() - scheduled}
-    return {key: value for key, value in now.items() if key != "lr" and value != chain.defaults[key]}
+    return {k: now(v, 0) for k, v in (first if len(route.chains) == 1 else {"lr": first["lr"]}).items()}
 
 
 def _plain(loss: Any) -> float:
     return float(loss.detach() if isinstance(loss, Tensor) else loss)
-
-
-def _peak(value: Any) -> float:
-    """The number, or the highest that its schedule names."""
-    if isinstance(value, Schedule):
-        return value.peak
-    return float(value) if isinstance(value, float | int) else 0.0
-
-
-def _times(value: Any, ratio: float) -> Any:
-    return value.scaled(ratio) if isinstance(value, Schedule) else value * ratio
-
-
-def _live(value: Any, step: int, seen: Sequence[tuple[int, float]] = ()) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_live(one, step, seen) for one in value)
-    return value(step, seen) if isinstance(value, Schedule) else value
-
-
-def _follow(
-    following: dict[tuple[str, int | None], Schedule],
-    group: dict[str, Any],
-    key: str,
-    value: Any,
-    seen: Sequence[tuple[int, float]],
-) -> None:
-    """Set a number of a group, and note which of its parts follow schedules."""
-    for known in [known for known in following if known[0] == key]:
-        del following[known]
-    parts = list(enumerate(value)) if isinstance(value, tuple | list) else [(None, value)]
-    following.update({(key, index): part for index, part in parts if isinstance(part, Schedule)})
-    group[key] = _live(tuple(value) if isinstance(value, list) else value, int(group["step"]), seen)
-
-
-def _write(group: dict[str, Any], key: str, index: int | None, value: float) -> None:
-    if index is not None:
-        group[key] = tuple(value if i == index else old for i, old in enumerate(group[key]))
-    elif isinstance(group[key], Tensor):
-        group[key].fill_(value)
-    else:
-        group[key] = value

@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from downslope.errors import BadInput
+from downslope.following import Following
 from downslope.foreign import check_group, is_foreign, steps_of, translate_group, translate_state
 from downslope.kernels.collective import Parted, Share, is_shared, local
 from downslope.rules import Chain
 from downslope.rules.shape import shape_of_slot
 from downslope.schedule import Schedule
-
-Plans: TypeAlias = dict[tuple[str, int | None], Schedule]
-Following: TypeAlias = list[Plans]
 
 OF_SCHEDULERS = ("initial_lr", "min_lr", "max_lr", "swa_lr", "base_momentum", "max_momentum")
 """What torch's schedulers write into a param group."""
@@ -95,7 +93,7 @@ class Restored:
     """
 
     groups: list[dict[str, Any]] = field(default_factory=list)
-    following: Following = field(default_factory=list)
+    following: list[Following] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     loaded: Loaded = field(default_factory=Loaded)
     kept: list[Tensor] = field(default_factory=list)
@@ -161,8 +159,8 @@ class _Checkpoint:
         return entry
 
     def numbers(
-        self, place: int, chain: Chain, own: Mapping[str, Any], plans: Plans
-    ) -> tuple[dict[str, Any], Plans]:
+        self, place: int, chain: Chain, own: Mapping[str, Any], plans: Following
+    ) -> tuple[dict[str, Any], Following]:
         """Numbers and schedules of a group; where the checkpoint has no schedules, `plans` are."""
         group = self.groups[place]
         kept = OF_SCHEDULERS if self.foreign else group.keys() - {"params", "param_names", "name", "role"}
@@ -170,10 +168,11 @@ class _Checkpoint:
         if self.foreign:
             numbers |= translate_group(chain, group, own)
         elif self.schedules is not None:
-            plans = {(key, index): Schedule.from_data(data) for key, index, data in self.schedules[place]}
+            made = {(key, index): Schedule.from_data(data) for key, index, data in self.schedules[place]}
+            plans = Following(made)
         if ("lr", None) in plans:
             numbers.pop("initial_lr", None)
-        return numbers, dict(plans)
+        return numbers, Following(plans)
 
 
 def plain_name(name: str) -> str:
@@ -197,7 +196,7 @@ def listed(names: Sequence[str], most: int = 20) -> str:
 def restore(
     groups: Sequence[Mapping[str, Any]],
     chains: Sequence[Chain],
-    following: Following,
+    following: list[Following],
     state_dict: Mapping[str, Any],
     *,
     strict: bool = True,
@@ -324,7 +323,7 @@ def _read(value: Any) -> Any:
 def _restore_groups(
     groups: Sequence[Mapping[str, Any]],
     chains: Sequence[Chain],
-    following: Following,
+    following: list[Following],
     saved: _Checkpoint,
     matches: Sequence[_Match],
     strict: bool,
@@ -348,7 +347,7 @@ def _restore_groups(
                 raise BadInput(f"{told}, whose numbers differ.")
             found.warnings.append(f"{told}, whose numbers differ: it keeps its own.")
             sources = []
-        numbers, theirs = sources[0] if sources else ({}, dict(plans))
+        numbers, theirs = sources[0] if sources else ({}, Following(plans))
         fresh = saved.foreign or not sources
         changes += differences(f"group {place}", group, numbers, plans, theirs, one_sided=not fresh)
         numbers["step"] = int(group["step"]) if saved.step is None else saved.step
@@ -367,7 +366,7 @@ def _separate(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value.clone() if isinstance(value, Tensor) else value
 
 
-def _follow(numbers: dict[str, Any], group: Mapping[str, Any], plans: Plans) -> None:
+def _follow(numbers: dict[str, Any], group: Mapping[str, Any], plans: Following) -> None:
     """Set what follows schedules to what they say at the step."""
     for (key, index), plan in plans.items():
         value: Any = plan(numbers["step"])
@@ -381,8 +380,8 @@ def differences(
     label: str,
     group: Mapping[str, Any],
     numbers: Mapping[str, Any],
-    plans: Plans,
-    theirs: Plans,
+    plans: Mapping[tuple[str, int | None], Schedule],
+    theirs: Mapping[tuple[str, int | None], Schedule],
     one_sided: bool,
 ) -> list[str]:
     """What a checkpoint changes in a param group, in words; `one_sided`: those too that one lacks."""
