@@ -5,6 +5,7 @@ change.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,7 @@ class Machine:
         self.programs: dict[tuple[str, int], Program] = {}
         self.updates: dict[str, Update] = {}
         self.read: dict[str, list[tuple[int, str, int | None]]] = {}
+        self.layouts: dict[str, list[_Layout]] = {}
         self.seen: dict[str, tuple[list[Any], list[NDArray[np.float64]]]] = {}
         self.frozen = Trained([])
         self.built = False
@@ -138,7 +140,7 @@ class Machine:
                     } | {"t": torch.zeros((), dtype=torch.int64, device="cpu")}
 
     def _build(self) -> None:
-        self.updates, self.read = {}, {}
+        self.updates, self.read, self.layouts = {}, {}, {}
         held = [(g, p) for g, group in enumerate(self.groups) for p in group["params"] if p in self.state]
         self.owner = np.array([g for g, _ in held], dtype=np.int64)
         self.marks: list[str] = []
@@ -194,13 +196,15 @@ class Machine:
     def _update(self, kind: str) -> Update:
         if kind not in self.updates:
             programs = self._programs(kind)
-            self.updates[kind] = device.update(programs, self.members, self.owner.tolist(), self.vectors)
+            made = device.update(programs, self.members, self.owner.tolist(), self.vectors)
+            self.updates[kind] = made
             self.read[kind] = [
                 (-1 if key == UNSCALE else g, *key)
                 for program, places in programs
                 for key in program.numbers
                 for g in np.unique(self.owner[places]).tolist()
             ]
+            self.layouts[kind] = [_Layout(plan.program, self.owner[plan.places]) for plan in made.plans]
         return self.updates[kind]
 
     def _programs(self, kind: str) -> list[tuple[Program, list[int]]]:
@@ -234,8 +238,8 @@ class Machine:
         return bool(self.marks) or (self.state.changes, len(self.state)) != self.known
 
     def _tables(self, kind: str, rate: float) -> list[NDArray[np.float64]]:
-        """A table a plan: a row per number of its program, a column per parameter; built anew only when a
-        group's numbers changed.
+        """A table a plan: a row per number of its program, a column per parameter, or one for all; built anew
+        only when a group's numbers changed.
         """
         everything = [*self.groups, {UNSCALE[0]: self.scale}]
         now = [rate]
@@ -243,25 +247,13 @@ class Machine:
             value = everything[g][key]
             now.append(float(value if index is None else value[index]))
         if kind not in self.seen or self.seen[kind][0] != now:
-            self.seen[kind] = (now, self._spread(kind, now))
+            tables, start = [], 1
+            for layout in self.layouts[kind]:
+                end = start + layout.size
+                tables.append(layout.table(now[start:end], rate))
+                start = end
+            self.seen[kind] = (now, tables)
         return self.seen[kind][1]
-
-    def _spread(self, kind: str, now: list[float]) -> list[NDArray[np.float64]]:
-        """The tables of what `_tables` has read: the rate's factor, then by plan, number and group."""
-        tables, start = [], 1
-        for plan in self._update(kind).plans:
-            groups, columns = np.unique(self.owner[plan.places], return_inverse=True)
-            keys, count = plan.program.numbers, len(groups)
-            values = np.array(now[start : start + len(keys) * count]).reshape(len(keys), count)
-            start += values.size
-            if ("lr", None) in keys:
-                values[keys.index(("lr", None))] *= now[0]
-            if not np.isfinite(values).all():
-                found = {key[0]: row.tolist() for key, row in zip(keys, values, strict=True)}
-                raise BadInput(f"a number of the optimizer is not finite: {found}.")
-            alike = count == 1
-            tables.append(np.broadcast_to(values, (len(keys), len(columns))) if alike else values[:, columns])
-        return tables
 
     def _names(self) -> dict[Tensor, str]:
         found: dict[Tensor, str] = {}
@@ -270,6 +262,26 @@ class Machine:
                 named = "param_names" in group
                 found[parameter] = group["param_names"][i] if named else f"parameter {len(found)}"
         return found
+
+
+class _Layout:
+    """How a plan's numbers, by number and group, become its table; `owners` are the groups of its members."""
+
+    def __init__(self, program: Program, owners: NDArray[np.int64]) -> None:
+        groups, self.columns = np.unique(owners, return_inverse=True)
+        self.keys, self.groups = program.numbers, len(groups)
+        self.size = len(self.keys) * self.groups
+        self.rate = self.keys.index(("lr", None)) if ("lr", None) in self.keys else None
+
+    def table(self, values: list[float], factor: float) -> NDArray[np.float64]:
+        """The table of these values, with learning rates times `factor`. BadInput if one is not finite."""
+        table = np.array(values).reshape(len(self.keys), self.groups)
+        if not (isfinite(factor) and all(map(isfinite, values))):
+            found = {key[0]: row.tolist() for key, row in zip(self.keys, table, strict=True)}
+            raise BadInput(f"a number of the optimizer is not finite: {found}.")
+        if self.rate is not None and factor != 1.0:
+            table[self.rate] *= factor
+        return table if self.groups == 1 else table[:, self.columns]
 
 
 def untracked(call: Callable[..., Any], *given: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,8 @@ class Plan:
         self.everyone = np.array_equal(places, np.arange(len(every)))
         self.members = [every[i] for i in places]
         self.literals = constants(program.nodes)
-        self.given = [node for node in program.nodes if node.word_name == "number"]
+        rows = {key: row for row, key in enumerate(program.numbers)}
+        self.given = [(node, rows[node.payload]) for node in program.nodes if node.word_name == "number"]
         self.last = scalars(program.after.values())
         self.columns = [np.zeros((len(places), len(stage.leaves))) for stage in program.stages]
         self.alike = [np.zeros((1, columns.shape[1])) for columns in self.columns]
@@ -131,7 +133,7 @@ class Plan:
         """The leaves of a stage, a row a member; one row where all members have the same."""
         row, table = self.alike[depth], self.columns[depth]
         values = [self.known[node] for node in self.program.stages[depth].leaves]
-        if {value.ndim for value in values} <= {0}:
+        if not any(isinstance(value, np.ndarray) for value in values):
             row[0] = values
             return row
         for place, value in enumerate(values):
@@ -141,7 +143,7 @@ class Plan:
     def alarm(self) -> bool:
         """Whether the guard found the norm of the gradients not finite, in the pass just made."""
         norm = self.program.gradient_norm
-        return norm is not None and norm in self.known and not np.all(np.isfinite(self.known[norm]))
+        return norm is not None and norm in self.known and not isfinite(self.known[norm])
 
     def finish(self, vectors: Mapping[str, Floats]) -> None:
         """Store what elementwise code does not."""
@@ -161,11 +163,10 @@ class Plan:
 
     def _check_idle(self, numbers: Floats) -> None:
         """Refuse row-sparse gradients where a part that reads all of the weight is not idle."""
+        rows = np.broadcast_to(numbers, (len(numbers), len(self.places)))
         for place, key in enumerate(self.program.numbers):
             part = self.program.idle.get(key)
-            found = next(
-                (bucket for bucket in self.sparse if part and numbers[place][bucket.index].any()), None
-            )
+            found = next((bucket for bucket in self.sparse if part and rows[place][bucket.index].any()), None)
             if found is not None:
                 name = found.members[0].name
                 raise BadInput(
@@ -181,8 +182,8 @@ class Plan:
     def _settle(self, numbers: Floats) -> None:
         """Take up other numbers than those of the step before."""
         self.numbers = numbers
-        rows = {key: _shared(row) for key, row in zip(self.program.numbers, numbers, strict=True)}
-        self.steady = self.literals | {node: rows[node.payload] for node in self.given}
+        values = numbers[:, 0] if numbers.shape[1] == 1 else [_shared(row) for row in numbers]
+        self.steady = self.literals | {node: values[row] for node, row in self.given}
 
     def _lend(self, stage: Stage) -> None:
         """Let the library compute what this stage needs, and lay it out."""
@@ -228,8 +229,6 @@ class Plan:
 
 def _shared(values: NDArray[Any]) -> Any:
     """One number where every member has the same: what follows from it is then computed once."""
-    if values.strides[0] == 0:
-        return values[0]
     bits = values.tobytes()  # -0 is not 0
     return values[0] if bits[8:] == bits[:-8] else values
 

@@ -99,9 +99,9 @@ class Update:
         """Apply the step to what `gather` found. None, or, where the guard stopped it with nothing written,
         the culprits.
 
-        `numbers` has a table a plan: a row per entry of `program.numbers` and a column per parameter, another
-        array whenever they change; `t` counts the updates of each parameter and `step` those of the run, this
-        one included.
+        `numbers` has a table a plan: a row per entry of `program.numbers` and a column per parameter, or one
+        for all; another array whenever they change. `t` counts the updates of each parameter and `step` those
+        of the run, this one included.
         """
         counts = self._counts(active)
         for plan, table in zip(self.plans, numbers, strict=True):
@@ -110,7 +110,7 @@ class Update:
             wanted = [(plan, plan.pass_over(depth)) for plan in running]
             if parts := [(plan, parts) for plan, parts in wanted if parts is not None]:
                 self._combine(depth, parts)
-            if any(plan.alarm() for plan in running):
+            if parts and any(plan.alarm() for plan in running):
                 culprits = self._culprits()
                 if len(culprits):
                     self.release()
@@ -145,6 +145,8 @@ class Update:
                 column = values[:, place]
                 if node.payload == "tensor":
                     plan.known[node] = _by_owner(node.word_name, column, owners, len(plan.places))
+                elif plan.everyone and node.payload == "all":
+                    plan.known[node] = combine(node.word_name, column)
                 else:
                     wide.setdefault(node.meaning, []).append((plan, node, column, owners))
         for entries in wide.values():
@@ -152,7 +154,7 @@ class Update:
             columns = [entry[2] for entry in entries]
             column = columns[0] if len(columns) == 1 else np.concatenate(columns)
             if node.payload == "all":
-                one = np.float64(combine(node.word_name, column))
+                one = combine(node.word_name, column)
                 for plan, own, _, _ in entries:
                     plan.known[own] = one
                 continue

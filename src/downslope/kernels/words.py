@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import fsum
 
 import numpy as np
 import torch
@@ -102,11 +103,20 @@ def reduced(name: str, values: Tensor, axes: tuple[int, ...]) -> Tensor:
     return (wide * wide if name == "squares" else wide).sum(axes, keepdim=True)
 
 
-def combine(name: str, values: NDArray[np.float64]) -> float:
-    """Partial results as one number, the same in whatever order they come: sums are taken in order of size.
-    NaN and infinities survive.
+def combine(name: str, values: NDArray[np.float64]) -> np.float64:
+    """Partial results as one number, the same in whatever order they come: few are added up exactly, many in
+    order of size. NaN and infinities survive.
     """
     if name == "largest":
-        return float(np.max(values, initial=0.0))
+        return np.float64(np.max(values, initial=0.0))
+    if len(values) <= _FEW:
+        try:
+            return np.float64(fsum(values.tolist()))
+        except (OverflowError, ValueError):  # beyond the largest number, or infinities of both signs
+            pass
     with np.errstate(all="ignore"):
-        return float(np.sort(values).sum())
+        return np.float64(np.sort(values).sum())
+
+
+_FEW = 64
+"""Up to so many numbers are added up faster by Python than by NumPy."""
