@@ -225,9 +225,15 @@ def _safe(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**fields, **told} if told else fields
 
 
+_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+
+
 def _line(event: Event) -> bytes:
-    text = json.dumps(_written(event), separators=(",", ":"), allow_nan=False).encode()
+    text = _encode(_written(event)).encode()
     return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+_ALIKE = frozenset({bool, int, str, type(None)})
 
 
 def _written(value: Any) -> Any:
@@ -239,7 +245,7 @@ def _written(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_written(item) for item in value]
     if isinstance(value, dict) and value.keys() != {"float"} and all(isinstance(key, str) for key in value):
-        return {key: _written(item) for key, item in value.items()}
+        return {key: item if type(item) in _ALIKE else _written(item) for key, item in value.items()}
     raise BadInput(
         f"a journal holds plain data (text, numbers, lists, tables with text keys), got {value!r}."
     )

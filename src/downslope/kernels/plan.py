@@ -133,7 +133,7 @@ class Plan:
         """The leaves of a stage, a row a member; one row where all members have the same."""
         row, table = self.alike[depth], self.columns[depth]
         values = [self.known[node] for node in self.program.stages[depth].leaves]
-        if not any(isinstance(value, np.ndarray) for value in values):
+        if np.ndarray not in map(type, values):
             row[0] = values
             return row
         for place, value in enumerate(values):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar, cast
 
 import torch
@@ -52,7 +53,7 @@ class Ranks:
         """Whether this process writes and speaks for all."""
         return self.rank == 0
 
-    @property
+    @cached_property
     def together(self) -> bool:
         """Whether there is more than one."""
         return self.world > 1

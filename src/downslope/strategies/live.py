@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -34,7 +35,7 @@ class Company:
         """Whether any ends the training here."""
         return any(live.stopped for live in self.lives.values())
 
-    @property
+    @cached_property
     def changes(self) -> bool:
         """Whether any changes batches, for which it must see them whole."""
         return any(type(live).batch is not Live.batch for live in self.lives.values())
@@ -59,7 +60,7 @@ class Company:
         for live in self.lives.values():
             live.before(step)
 
-    @property
+    @cached_property
     def judges(self) -> bool:
         """Whether any looks at every loss before the update is made."""
         return any(live.judges for live in self.lives.values())

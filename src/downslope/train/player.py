@@ -134,11 +134,11 @@ class Side:
                     loss = closure()
                     optimizer.step()
             except _Refused:
-                return Move(asked[0].detach(), lr, (), False)
+                return Move(asked[0], lr, (), False)
         names = optimizer.skipped.names if optimizer.skipped else ()
         self.skips = self.skips + 1 if names and scale is None else 0
         skipped = tuple(f"{self._before}{name}" for name in names)
-        return Move(loss.detach(), lr, skipped, optimizer.steps > before, scale)
+        return Move(loss, lr, skipped, optimizer.steps > before, scale)
 
     def _scaled(
         self, scaler: torch.amp.GradScaler, closure: Callable[[], Tensor]

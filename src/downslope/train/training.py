@@ -406,15 +406,16 @@ class Training:
         scale = _scale(moves) if skipped else None
         self.company.after(applied, skipped if scale is None else ())
         attempt = Attempt(step, loss, first.lr, skipped, moves, count, scale=scale)
-        if not applied:
-            attempt = attempt._replace(culprit=self._culprit(moves, pieces))
-            self.step = self.rescue.step(step)
-        if attempt.applied:
+        if applied:
             self.step += 1
             self.company.applied(self.step)
             if self._observation_due():
                 self._observe()
-        return attempt._replace(told=self.company.tidings())
+        else:
+            attempt = attempt._replace(culprit=self._culprit(moves, pieces))
+            self.step = self.rescue.step(step)
+        told = self.company.tidings()
+        return attempt._replace(told=told) if told else attempt
 
     def _culprit(self, moves: Mapping[str, Move], pieces: list[tuple[Batch, float]]) -> str:
         """What made a loss or its gradients not finite, of the first update in a row, on a single rank."""
