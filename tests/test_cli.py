@@ -35,7 +35,8 @@ def quick(seed=0):
     y = x.sum(dim=1, keepdim=True)
     print("made by the user")
     recipe = Recipe(chain=ds.chain(ds.sgd(lr=0.1)), steps=STEPS, batch_size=16)
-    return ds.Task(model=lambda: torch.nn.Linear(3, 1), train=(x, y), valid=(x, y), loss=LOSS, recipe=recipe)
+    model = lambda: torch.nn.Linear(3, 1)
+    return ds.Task(model=model, train=(x, y), valid=(x, y), loss=LOSS, recipe=recipe, tokens=2)
 
 def broken(seed=0):
     raise RuntimeError("the data is gone")
@@ -269,6 +270,7 @@ def test_race_prints_standings_page_recipe_and_lines_that_use_it(tmp_path: Path)
         for line in done.stdout.splitlines()
         if line.strip().startswith(("import", "recipe =", "optimizer ="))
     ]
+    assert "(model, steps_per_epoch=4, tokens_per_sample=2)" in lines[-1]
     own = "\n".join(
         ["import torch", "model = torch.nn.Linear(3, 1)", *lines, "print(optimizer.param_groups[0]['lr'])"]
     )

@@ -75,9 +75,8 @@ class Averaging:
         return not any(isinstance(value, str) for name, value in self.numbers if name in _DURATIONS)
 
     def resolve(self, **rates: int | None) -> Averaging:
-        """The same with every duration in applied updates, by `run_steps`, `steps_per_epoch`, `batch_size`.
-
-        BadInput if what a unit needs is not given.
+        """The same with every duration in applied updates, by what `downslope.schedule.in_steps` takes:
+        `run_steps`, `steps_per_epoch` … BadInput if what a unit needs is not given.
         """
         found = dict(self.numbers)
         for name in found.keys() & _DURATIONS.keys():

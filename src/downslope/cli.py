@@ -26,7 +26,7 @@ from downslope.race import race as run_race
 from downslope.recipe import Recipe
 from downslope.report import report as write_report
 from downslope.tasks import Task, frames, size, task
-from downslope.train import Arithmetic, Branch, Run, steps_per_epoch, verify_resume
+from downslope.train import Arithmetic, Branch, Run, measures, verify_resume
 from downslope.train import branch as change_plan
 from downslope.train import resume as go_on
 from downslope.train import train as run_training
@@ -203,7 +203,9 @@ def resume(
     out: Annotated[
         Path | None, typer.Option(help="Go on by another plan, as a run of its own in this folder.")
     ] = None,
-    steps: Annotated[str | None, typer.Option(help='The whole length: 2000, or "30 epochs".')] = None,
+    steps: Annotated[
+        str | None, typer.Option(help='The whole length: 2000, "30 epochs" or "2e6 tokens".')
+    ] = None,
     rate: Annotated[float | None, typer.Option(help="Peak of the learning rate.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Items per update.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="Other numbers for the same rules, in TOML.")] = None,
@@ -358,7 +360,8 @@ def _stoppable(again: str) -> Iterator[None]:
 
 def _won(standings: Standings, found: Task, folder: Path, page: Path) -> str:
     recipe = folder / "winner.toml"
-    epoch = steps_per_epoch(size(found.train), standings.winner.batch_size)
+    known = measures(found, standings.winner.batch_size)
+    measured = ", ".join(f"{name}={number}" for name, number in known.items() if number is not None)
     return f"""{standings}
 
 The winning recipe, {recipe}:
@@ -370,7 +373,7 @@ In a training loop of your own:
     import downslope as ds
 
     recipe = ds.Recipe.load({str(recipe)!r})
-    optimizer = recipe.build(model, steps_per_epoch={epoch})  # batches of {standings.winner.batch_size}
+    optimizer = recipe.build(model, {measured})  # batches of {standings.winner.batch_size}
 
 The page with the curves: {page}"""
 

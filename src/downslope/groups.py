@@ -315,9 +315,9 @@ def param_groups(
 def freeze(model: nn.Module, plan: Mapping[str, Duration], **rates: int | None) -> Frozen:
     """What is frozen until when, from a plan: patterns, each with its first update as a duration, or "never".
 
-    The first pattern that takes a parameter counts; BadInput for those that take nothing. `run_steps`,
-    `steps_per_epoch`, `batch_size`: what units such as "3 epochs" need. Not for: a model that is wrapped by
-    DDP or FSDP2, which decide once what is trained.
+    The first pattern that takes a parameter counts; BadInput for those that take nothing. `rates` are what
+    units need: `run_steps`, `steps_per_epoch`, `batch_size`, `tokens_per_step`. Not for: a model that is
+    wrapped by DDP or FSDP2, which decide once what is trained.
 
     >>> freeze(nn.Linear(4, 3), {"bias": "never", "weight": "2 epochs"}, steps_per_epoch=50).until
     {'weight': 100, 'bias': None}

@@ -27,8 +27,9 @@ from downslope.rules.route import REST
 from downslope.rules.rule import check
 from downslope.schedule import Duration, Schedule, duration, in_steps
 from downslope.state import plain_name
-from downslope.strategies import STRATEGIES, Pace, Strategy
+from downslope.strategies import STRATEGIES, Pace, Rates, Strategy
 from downslope.strategies.chain import changed, number_of, part_of, rate_factor, tables
+from downslope.strategies.strategy import plain
 from downslope.toml import Differences, differences, pairs, written
 
 CATALOGUE = {**LINKS, **RULES}
@@ -38,12 +39,13 @@ CATALOGUE = {**LINKS, **RULES}
 class Recipe:
     """Every optimisation choice of one training; frozen, equal by content, hashable. Raises BadInput.
 
-    `steps`: length of the training, applied updates or "20 epochs" or "64000 samples". `batch_size`: items
-    per update. `route`: chains of their own for the parameters of a role (see `ds.groups`); `roles`: numbers
-    overridden for a role. `guard`: skip updates whose gradients are not finite. `strategies`: what is chosen
-    beyond the rule, by name or as a list (see `ds.strategies`); `observe`: how often those that react, and
-    schedules such as plateau, see a validation. `players`: for players of a task with several (`ds.Player`),
-    a chain, or a Recipe for roles and guard; without one they take this. A percentage is of the training.
+    `steps`: length of the training, applied updates or "20 epochs", "64000 samples", "2e6 tokens".
+    `batch_size`: items per update. `route`: chains of their own for the parameters of a role (see
+    `ds.groups`); `roles`: numbers overridden for a role. `guard`: skip updates whose gradients are not
+    finite. `strategies`: what is chosen beyond the rule, by name or as a list (see `ds.strategies`);
+    `observe`: how often those that react, and schedules such as plateau, see a validation. `players`: for
+    players of a task with several (`ds.Player`), a chain, or a Recipe for roles and guard; without one they
+    take this. A percentage is of the training.
 
     >>> import downslope as ds
     >>> rate = ds.cosine(3e-4, steps="100 %", warmup="5 %")
@@ -160,19 +162,16 @@ class Recipe:
     def data(self) -> dict[str, Any]:
         """The recipe as plain JSON or TOML data, with every number written out; `from_data` reads it back."""
         routed = {role: tables(made) for role, made in self.route.items()}
+        players = {name: made._part_data() for name, made in self.players.items()}
         return {
             "steps": self.steps,
             "batch_size": self.batch_size,
             "guard": self.guard,
             "chain": tables(self.chain),
             **({"route": routed} if routed else {}),
-            "roles": {role: _plain(numbers) for role, numbers in self.roles.items()},
+            "roles": {role: plain(numbers) for role, numbers in self.roles.items()},
             **({"observe": self.observe} if self.observe != "1 epoch" else {}),
-            **(
-                {"player": {name: made._part_data() for name, made in self.players.items()}}
-                if self.players
-                else {}
-            ),
+            **({"player": players} if players else {}),
             **{name: strategy.data() for name, strategy in self.strategies.items()},
         }
 
@@ -257,43 +256,58 @@ class Recipe:
         players = {name: part.with_batch(size) for name, part in self.players.items()}
         return replace(made, chain=faster.pop(REST), route=faster, roles=roles, players=players)
 
-    def run_steps(self, steps_per_epoch: int | None = None) -> int:
+    def run_steps(self, steps_per_epoch: int | None = None, tokens_per_sample: int | None = None) -> int:
         """The length of the training in applied updates. `steps_per_epoch`: batches of an epoch, for a length
-        in those, which is one of the data: where updates take several batches, it holds fewer.
+        in those; `tokens_per_sample`: for one in tokens. Both are lengths of the data: where updates take
+        several batches, they hold fewer.
         """
         if isinstance(self.steps, int):
             return self.steps
-        batches = in_steps(self.steps, steps_per_epoch=steps_per_epoch, batch_size=self.batch_size)
-        return max(1, self.pace(steps_per_epoch).updates(batches))
+        data = (steps_per_epoch, tokens_per_sample)
+        return max(1, self.pace(*data).updates(in_steps(self.steps, "steps", **self.per_batch(*data))))
 
-    def pace(self, steps_per_epoch: int | None = None) -> Pace:
+    def per_batch(self, steps_per_epoch: int | None = None, tokens_per_sample: int | None = None) -> Rates:
+        """What durations of the data need to become batches of it: batches of an epoch, items, tokens."""
+        tokens = tokens_per_sample and self.batch_size * tokens_per_sample
+        return {"steps_per_epoch": steps_per_epoch, "batch_size": self.batch_size, "tokens_per_step": tokens}
+
+    def pace(self, steps_per_epoch: int | None = None, tokens_per_sample: int | None = None) -> Pace:
         """How many batches each update takes: one, unless [growth] says otherwise."""
-        length = (self.steps, steps_per_epoch, self.batch_size)
-        told = (strategy.pace(*length) for strategy in self.strategies.values())
+        batch = self.per_batch(steps_per_epoch, tokens_per_sample)
+        told = (strategy.pace(self.steps, batch) for strategy in self.strategies.values())
         return next((pace for pace in told if pace is not None), Pace())
 
-    def rates(self, steps_per_epoch: int | None = None, steps: int | None = None) -> dict[str, int | None]:
-        """What durations need: updates of the run (`steps`, if given) and of an epoch, items of an update.
-
-        The latter two are None where updates differ, by [growth].
+    def rates(
+        self,
+        steps_per_epoch: int | None = None,
+        steps: int | None = None,
+        tokens_per_sample: int | None = None,
+    ) -> Rates:
+        """What durations need: updates of the run (`steps`, if given) and of an epoch, items and tokens of an
+        update. All but the first are None where updates differ, by [growth].
         """
-        run = self.run_steps(steps_per_epoch) if steps is None else steps
-        return {"run_steps": run, **self.pace(steps_per_epoch).rates(steps_per_epoch, self.batch_size)}
+        data = (steps_per_epoch, tokens_per_sample)
+        run = self.run_steps(*data) if steps is None else steps
+        return {"run_steps": run, **self.pace(*data).rates(self.per_batch(*data))}
 
     def build(
-        self, model: nn.Module, steps: int | None = None, steps_per_epoch: int | None = None
+        self,
+        model: nn.Module,
+        steps: int | None = None,
+        steps_per_epoch: int | None = None,
+        tokens_per_sample: int | None = None,
     ) -> Optimizer:
         """The optimizer of this recipe for a model: a group per role with its own chain or numbers.
 
         `steps`: length of the training in applied updates, if not the recipe's; `steps_per_epoch`: batches of
-        one, needed where a length is given in epochs.
+        one, needed where a length is given in epochs; `tokens_per_sample`: where one is in tokens.
 
         >>> import downslope as ds, torch
         >>> recipe = ds.Recipe(ds.chain(ds.adamw(lr=ds.linear(1e-3, steps="100 %"))), "5 epochs", 64)
         >>> recipe.build(torch.nn.Linear(3, 1), steps_per_epoch=20).param_groups[0]["lr"]
         0.001
         """
-        rates = self.rates(steps_per_epoch, steps)
+        rates = self.rates(steps_per_epoch, steps, tokens_per_sample)
         named, slower = groups(model), self._multipliers(model)
         members: dict[tuple[str, float], list[tuple[str, nn.Parameter]]] = {(REST, 1.0): []}
         for name, parameter in model.named_parameters():
@@ -415,7 +429,7 @@ def _named_parts(made: Chain, beside: Mapping[str, Any] = MappingProxyType({})) 
     found: dict[str, Any] = {}
     for part in made.parts:
         twins = sum(key == part.name or key.startswith(f"{part.name}#") for key in [*beside, *found])
-        found[f"{part.name}#{twins + 1}" if twins else part.name] = _plain(part.given)
+        found[f"{part.name}#{twins + 1}" if twins else part.name] = plain(part.given)
     return found
 
 
@@ -534,14 +548,6 @@ def _resolved(numbers: Mapping[str, Any], rates: Mapping[str, int | None]) -> di
         return value.resolve(**rates) if isinstance(value, Schedule) else value
 
     return {key: resolved(value) for key, value in numbers.items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Schedule):
-        return value.data()
-    if isinstance(value, Mapping):
-        return {key: _plain(one) for key, one in value.items()}
-    return [_plain(one) for one in value] if isinstance(value, tuple) else value
 
 
 def _sections(data: Mapping[str, Any], before: str = "") -> list[str]:

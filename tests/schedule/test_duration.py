@@ -5,7 +5,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import downslope as ds
 from downslope.errors import BadInput
 from downslope.schedule import constant, cosine, duration, in_steps, linear, multistep, one_cycle, step, wsd
 
@@ -121,14 +120,6 @@ def test_an_unknown_exchange_rate_is_named(unit: str, missing: str) -> None:
         linear(0.1, steps=unit).resolve(**{**rates, missing: 0})
     with pytest.raises(BadInput, match=r"call resolve\(...\) first"):
         linear(0.1, steps=unit)(0)
-
-
-def test_a_recipe_in_tokens_is_told_to_say_samples() -> None:
-    chain = ds.chain(ds.sgd(lr=linear(0.1, steps="64 tokens")))
-    with pytest.raises(BadInput, match="a recipe does not know it, so say samples there"):
-        ds.Recipe(chain, steps=9, batch_size=8).build(torch.nn.Linear(2, 1), steps_per_epoch=10)
-    with pytest.raises(BadInput, match="a recipe does not know it, so say samples there"):
-        ds.Recipe(ds.sgd(), steps="64 tokens", batch_size=8).run_steps(steps_per_epoch=10)
 
 
 def test_a_run_too_long_to_count_is_refused() -> None:

@@ -212,12 +212,13 @@ def test_percentages_and_averages_count_the_updates_that_there_are() -> None:
 def test_an_epoch_has_a_fixed_number_of_updates_where_the_number_is_one() -> None:
     rate = linear(0.1, "3 epochs", warmup="1 epoch")
     recipe = problem.recipe(st.growth(times=4), chain=ds.chain(ds.sgd(lr=rate))).with_(steps="6 epochs")
-    assert dict(recipe.rates(EPOCH)) == {"run_steps": 18, "steps_per_epoch": 3, "batch_size": 64}
+    rates = {"run_steps": 18, "steps_per_epoch": 3, "batch_size": 64, "tokens_per_step": None}
+    assert recipe.rates(EPOCH) == rates
     state = Training(problem.plain(), recipe)
-    rates = []
-    state.advance(on_step=lambda attempt: rates.append(attempt.lr))  # type: ignore[func-returns-value]
+    told = []
+    state.advance(on_step=lambda attempt: told.append(attempt.lr))  # type: ignore[func-returns-value]
     plan = linear(0.1, 9, warmup=3)
-    assert rates == [plan(step) for step in range(18)]
+    assert told == [plan(step) for step in range(18)]
 
 
 def test_validations_come_where_the_data_have_been_seen() -> None:

@@ -63,6 +63,9 @@ def test_a_metric_of_the_users_own_must_say_which_way_is_better() -> None:
         ({"loss": 3}, "'loss' of a task must be a function, got int"),
         ({"metric": "accuracy"}, "'metric' of a task must be a function, got str"),
         ({"name": "../elsewhere"}, "elsewhere"),
+        ({"tokens": 0}, "'tokens' of a task is how many a sample has, a whole number from 1, got 0"),
+        ({"tokens": True}, "from 1, got True"),
+        ({"tokens": 64.0}, r"from 1, got 64\.0"),
         ({"recipe": {"lr": 1}}, "'recipe' of a task must be a downslope.Recipe, got dict"),
     ],
 )

@@ -17,7 +17,8 @@ from downslope.race.record import Trial
 from downslope.recipe import Recipe
 from downslope.rules import Part, chain, links, rules
 from downslope.schedule import Schedule, constant, in_steps, wsd
-from downslope.train.order import steps_per_epoch
+from downslope.tasks import Task
+from downslope.train.order import measures
 
 RULES = ("adamw", "sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam", "lion")
 WARMUP, COOLDOWN = "5 %", "20 %"
@@ -155,11 +156,9 @@ def _check_fair(which: str, recipe: Recipe) -> None:
             )
 
 
-def trials(candidates: Iterable[Candidate], samples: int) -> list[Trial]:
+def trials(candidates: Iterable[Candidate], task: Task) -> list[Trial]:
     """One trial for each distinct recipe, numbered in order; equal recipes share a trial under all their
-    names.
-
-    `samples`: size of the train part, from which epochs become steps.
+    names. From the task's data epochs and tokens become steps.
     """
     found: dict[str, Trial] = {}
     for one in candidates:
@@ -167,7 +166,7 @@ def trials(candidates: Iterable[Candidate], samples: int) -> list[Trial]:
         if earlier := found.get(digest):
             found[digest] = replace(earlier, names=(*earlier.names, one.name))
         else:
-            found[digest] = _trial(one, samples, len(found))
+            found[digest] = _trial(one, task, len(found))
     names = [name for trial in found.values() for name in trial.names]
     for name in names:
         if names.count(name) > 1:
@@ -175,14 +174,14 @@ def trials(candidates: Iterable[Candidate], samples: int) -> list[Trial]:
     return list(found.values())
 
 
-def _trial(one: Candidate, samples: int, number: int) -> Trial:
+def _trial(one: Candidate, task: Task, number: int) -> Trial:
     recipe = one.recipe
-    epoch = steps_per_epoch(samples, recipe.batch_size)
-    steps = recipe.run_steps(epoch)
+    known = measures(task, recipe.batch_size)
+    steps = recipe.run_steps(**known)
     rate = recipe.chain.lr
     shape: dict[str, Any] = {"peak": rate}
     if isinstance(rate, Schedule):
-        resolved = rate.resolve(steps, epoch, recipe.batch_size)
+        resolved = rate.resolve(**recipe.rates(**known))
         while resolved.kind == "branch":  # it is judged by what it branches off
             resolved = resolved.parts[0]
         shape = {"peak": resolved.peak, **dict(resolved.numbers)}

@@ -53,7 +53,7 @@ class Request:
         ]
         if not entered:
             raise BadInput("There is nothing to race: name at least one rule, or bring a recipe.")
-        everyone = trials([*entered, baseline(self.task.recipe)], size(self.task.train))
+        everyone = trials([*entered, baseline(self.task.recipe)], self.task)
         racing = [trial for trial in everyone if trial.origin != "baseline"]
         return racing, everyone[len(racing) :]
 

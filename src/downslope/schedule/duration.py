@@ -78,9 +78,10 @@ def in_steps(
     }
     rate = rates[unit]
     if rate is None or rate < 1:
-        recipes = "; a recipe does not know it, so say samples there" if unit == "token" else ""
+        tokens = "; a recipe has it from its task's field 'tokens': without that, say samples"
         raise BadInput(
-            f"{name} is {value!r}: to turn it into steps, {_RATE[unit]} must be given, got {rate}{recipes}."
+            f"{name} is {value!r}: to turn it into steps, {_RATE[unit]} must be given, got {rate}"
+            f"{tokens if unit == 'token' else ''}."
         )
     share = Fraction(number)
     return int(share / rate if unit in ("sample", "token") else share * rate / (100 if unit == "%" else 1))

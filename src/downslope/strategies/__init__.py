@@ -6,7 +6,7 @@ from downslope.strategies.escape import escape
 from downslope.strategies.growth import growth
 from downslope.strategies.layers import depth, dropout, freeze, normalisation, rates, start
 from downslope.strategies.live import Company, begin
-from downslope.strategies.pace import Pace
+from downslope.strategies.pace import Pace, Rates
 from downslope.strategies.restart import restart
 from downslope.strategies.spikes import spikes
 from downslope.strategies.stop import stop
@@ -45,6 +45,7 @@ __all__ = [
     "Live",
     "Loss",
     "Pace",
+    "Rates",
     "Setting",
     "Strategy",
     "average",

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from downslope.errors import BadInput, under
 from downslope.schedule import Duration, Schedule, duration, in_steps
 from downslope.schedule.glossary import term
-from downslope.strategies.pace import Growing, Pace, whole
+from downslope.strategies.pace import Growing, Pace, Rates, whole
 from downslope.strategies.strategy import Strategy
 
 
@@ -18,8 +18,8 @@ class growth(Strategy):
     """Let each update take `times` batches in a row, as one of so many times the size, which no memory need
     hold: a number from 1, or a schedule, rounded to the nearest, halves up.
 
-    In epochs, samples, or the % of a length in those, `times` follows the data; in steps, or their %, the
-    updates. A training's length in epochs stays that of the data, up to the last update that fits in; an
+    In epochs, samples, tokens, or the % of a length in those, `times` follows the data; in steps, or their %,
+    the updates. A training's length in epochs stays that of the data, up to the last update that fits in; an
     update may reach over the end of an epoch. [micro] cuts further. Source: Smith et al., arXiv:1711.00489.
     Not for: beside a rate that falls as well; batches beyond the critical size (see `ds.noise_scale`).
     """
@@ -51,14 +51,13 @@ class growth(Strategy):
                         "give it in steps or in %."
                     )
 
-    def pace(self, length: Duration, steps_per_epoch: int | None, batch_size: int) -> Pace:
+    def pace(self, length: Duration, batch: Rates) -> Pace:
         """The batches of each update."""
         if not isinstance(self.times, Schedule):
             return Pace(whole(self.times))
         by_data = self._by_data(self.times, length)
-        rates = {"steps_per_epoch": steps_per_epoch, "batch_size": batch_size}
-        run = length if isinstance(length, int) else in_steps(length, "steps", **rates)
-        return Growing(self.times.resolve(run, **rates), by_data)
+        run = length if isinstance(length, int) else in_steps(length, "steps", **batch)
+        return Growing(self.times.resolve(run, **batch), by_data)
 
     def _by_data(self, times: Schedule, length: Duration) -> bool:
         """Whether the schedule goes by the data, as all its durations or none must say."""

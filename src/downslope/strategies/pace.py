@@ -12,14 +12,17 @@ from bisect import bisect_right
 from collections.abc import Callable
 from fractions import Fraction
 from itertools import pairwise
-from typing import cast
+from typing import TypeAlias, cast
+
+Rates: TypeAlias = dict[str, int | None]
+"""What durations need to become batches, or updates: how many an epoch has, the items and tokens of one."""
 
 
 class Pace:
     """Every update takes `each` batches.
 
     >>> pace = Pace(2)
-    >>> pace.count(7), pace.taken(7), pace.updates(15), pace.rates(30, 16)
+    >>> pace.count(7), pace.taken(7), pace.updates(15), pace.rates({"steps_per_epoch": 30, "batch_size": 16})
     (2, 14, 7, {'steps_per_epoch': Fraction(15, 1), 'batch_size': 32})
     """
 
@@ -42,13 +45,13 @@ class Pace:
         """The most batches that one of the first `steps` updates takes."""
         return self.each
 
-    def rates(self, steps_per_epoch: int | None, batch_size: int) -> dict[str, int | None]:
-        """What durations need, in updates: how many an epoch has, of how many items each.
+    def rates(self, batch: Rates) -> Rates:
+        """What durations need, in updates: how many an epoch has, of how many items and tokens each.
 
-        Given: the batches of an epoch, the items of a batch. None where updates differ.
+        Given: the same in batches (see `ds.Recipe.per_batch`). None where updates differ.
         """
-        epoch = steps_per_epoch and Fraction(steps_per_epoch, self.each)
-        return {"steps_per_epoch": cast("int | None", epoch), "batch_size": batch_size * self.each}
+        epoch = (one := batch["steps_per_epoch"]) and cast("int", Fraction(one, self.each))
+        return {key: one and one * self.each for key, one in batch.items()} | {"steps_per_epoch": epoch}
 
 
 class Growing(Pace):
@@ -83,9 +86,9 @@ class Growing(Pace):
         self.taken(steps)
         return max(after - before for before, after in pairwise(self._taken[: steps + 1]))
 
-    def rates(self, steps_per_epoch: int | None, batch_size: int) -> dict[str, int | None]:
+    def rates(self, batch: Rates) -> Rates:
         """None, since updates differ."""
-        return {"steps_per_epoch": None, "batch_size": None}
+        return dict.fromkeys(batch)
 
     def _walk(self) -> None:
         taken = self._taken[-1]

@@ -20,7 +20,7 @@ from downslope.errors import BadInput, nearest, under
 from downslope.optimizer import Optimizer
 from downslope.schedule import Duration, Schedule
 from downslope.strategies.field import settled
-from downslope.strategies.pace import Pace
+from downslope.strategies.pace import Pace, Rates
 
 Batch = Any
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -175,7 +175,7 @@ class Strategy:
     def data(self) -> dict[str, Any]:
         """The strategy as plain data, every field written out but those that are None."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return {key: _plain(value) for key, value in values.items() if value is not None}
+        return {key: plain(value) for key, value in values.items() if value is not None}
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Self:
@@ -215,8 +215,10 @@ class Strategy:
     def suit(self, recipe: Mapping[str, Any]) -> None:
         """Raise BadInput, with the reason, for what else of a recipe's data it does not combine with."""
 
-    def pace(self, length: Duration, steps_per_epoch: int | None, batch_size: int) -> Pace | None:
-        """How many batches each update takes, if it sets that, in a training of this length."""
+    def pace(self, length: Duration, batch: Rates) -> Pace | None:
+        """How many batches each update takes, if it sets that, in a training of this length; `batch`: what
+        durations need to become batches.
+        """
         return None
 
     def shape(self, model: nn.Module) -> nn.Module:
@@ -252,9 +254,10 @@ def _read(value: Any) -> Any:
     return tuple(_read(one) for one in value) if isinstance(value, list) else value
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A number, a schedule, or whatever holds such, as plain data."""
     if isinstance(value, Schedule):
         return value.data()
     if isinstance(value, Mapping):
-        return {key: _plain(one) for key, one in value.items()}
-    return [_plain(one) for one in value] if isinstance(value, tuple | list) else value
+        return {key: plain(one) for key, one in value.items()}
+    return [plain(one) for one in value] if isinstance(value, tuple | list) else value

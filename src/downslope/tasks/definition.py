@@ -96,7 +96,8 @@ class Task:
     datasets. `valid` chooses; `test`, which may be None, is only reported. `metric(model, batch)` is a mean
     over items too; without it the loss is. `target` is where the metric counts as solved, `reference` says
     what was measured, and how. `players`: several with a loss each, in the order in which they move; `loss`
-    then only judges, and is their sum if left out. Raises BadInput for what is none of this.
+    then only judges, and is their sum if left out. `tokens`: how many a sample has, whose loss counts, for
+    durations in tokens. Raises BadInput for what is none of this.
 
     >>> import torch
     >>> xy = (torch.randn(10, 3), torch.randn(10, 1))
@@ -115,6 +116,7 @@ class Task:
     metric_name: str = ""
     higher_is_better: bool = None  # type: ignore[assignment]  # None: known for accuracy and for the loss
     target: float | None = None
+    tokens: int | None = None
     recipe: Recipe = field(default_factory=plain_recipe)
     reference: str = ""
     name: str = ""
@@ -142,6 +144,10 @@ class Task:
                 raise BadInput("A metric of your own needs higher_is_better=True or False.")
             settle(self, "higher_is_better", self.metric is accuracy)
         settle(self, "metric_name", self.metric_name or getattr(self.metric, "__name__", "metric"))
+        if self.tokens is not None and (type(self.tokens) is not int or self.tokens < 1):
+            raise BadInput(
+                f"'tokens' of a task is how many a sample has, a whole number from 1, got {self.tokens!r}."
+            )
         if self.name:
             check_name(self.name)  # the run's folder is called like it
         if not isinstance(given["recipe"], Recipe):

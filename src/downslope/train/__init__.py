@@ -4,7 +4,7 @@ from downslope.train.batches import Batches, BatchLost
 from downslope.train.branch import Branch, branch
 from downslope.train.checkpoint import Damaged
 from downslope.train.history import history, losses
-from downslope.train.order import order, steps_per_epoch
+from downslope.train.order import measures, order, steps_per_epoch
 from downslope.train.player import Diverged, Move, Side
 from downslope.train.precision import Arithmetic
 from downslope.train.proof import Proof, verify_resume
@@ -40,6 +40,7 @@ __all__ = [
     "history",
     "keep_generators",
     "losses",
+    "measures",
     "order",
     "resume",
     "steps_per_epoch",

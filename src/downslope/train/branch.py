@@ -12,10 +12,9 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from downslope.errors import BadInput
 from downslope.folder import RunFolder, disk
@@ -304,8 +303,8 @@ class _Change:
         if wanted == self.old.steps and not self.larger:
             return self.plan.steps
         if "growth" in self.goal.strategies:
-            return self.goal.run_steps(self.per_epoch)
-        batches = in_steps(wanted, steps_per_epoch=self.per_epoch, batch_size=self.goal.batch_size)
+            return self.goal.run_steps(self.per_epoch, self.state.task.tokens)
+        batches = in_steps(wanted, "steps", **self.goal.per_batch(self.per_epoch, self.state.task.tokens))
         return self.state.step + max(0, batches - self.batches)
 
     @property
@@ -382,10 +381,10 @@ class _Change:
 
     def _begun(self, side: Side) -> dict[str, Any]:
         before = steps_per_epoch(self.state.samples, self.old.batch_size)
-        return _rates(self.old, side, self.plan.steps, before)
+        return side.rates(self.old, self.plan.steps, before)
 
     def _now(self, side: Side) -> dict[str, Any]:
-        return _rates(self.goal, side, self.steps, self.per_epoch)
+        return side.rates(self.goal, self.steps, self.per_epoch)
 
     def _default(self) -> str:
         """Keep, unless that is a guess: a schedule was made for what changes, or the rate would jump."""
@@ -437,7 +436,7 @@ class _Change:
         return said
 
     def _course(self, side: Side, recipe: Recipe) -> Course:
-        begun, now = self._begun(side), _rates(recipe, side, self.steps, self.per_epoch)
+        begun, now = self._begun(side), side.rates(recipe, self.steps, self.per_epoch)
         old, new = (
             schedule_of(_part(of, side).chain.lr).resolve(**rates)
             for of, rates in ((self.old, begun), (recipe, now))
@@ -462,13 +461,6 @@ def moved(batches: int, samples: int, old: int, new: int) -> tuple[int, int]:
 def _part(recipe: Recipe, side: Side) -> Recipe:
     """What a side goes by, without what belongs to all."""
     return replace(recipe.players.get(side.name, recipe), strategies={}, players={})
-
-
-def _rates(recipe: Recipe, side: Side, steps: int, per_epoch: int) -> dict[str, Any]:
-    """What the durations of a side need, by its own updates."""
-    mine = replace(recipe, batch_size=recipe.batch_size * side.every)
-    epoch = cast("int", Fraction(per_epoch, side.every))
-    return dict(mine.rates(epoch, max(1, steps // side.every)))
 
 
 def _follow(optimizer: Optimizer, made: Optimizer) -> None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from downslope.errors import BadInput
+from downslope.tasks import Task, size
 
 _GAMMA = 0x9E3779B97F4A7C15
 
@@ -24,6 +25,19 @@ def steps_per_epoch(samples: int, batch_size: int) -> int:
     if samples < 1 or batch_size < 1:
         raise BadInput(f"a batch needs at least 1 sample, got {samples} samples in batches of {batch_size}.")
     return max(samples // batch_size, 1)
+
+
+def measures(task: Task, batch_size: int) -> dict[str, int | None]:
+    """What a recipe's durations need to know of a task's data (see `ds.Recipe.rates`).
+
+    >>> from downslope.tasks import task
+    >>> measures(task("digits-mlp"), 32)
+    {'steps_per_epoch': 28, 'tokens_per_sample': None}
+    """
+    return {
+        "steps_per_epoch": steps_per_epoch(size(task.train), batch_size),
+        "tokens_per_sample": task.tokens,
+    }
 
 
 def order(samples: int, seed: int, epoch: int) -> Tensor:

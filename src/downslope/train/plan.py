@@ -17,7 +17,7 @@ from downslope.journal import Event
 from downslope.recipe import Recipe
 from downslope.tasks import Data, Entry, Task, reopen, size
 from downslope.train.fingerprint import fingerprint
-from downslope.train.order import steps_per_epoch
+from downslope.train.order import measures
 from downslope.train.precision import PLAIN, Arithmetic
 from downslope.version import __version__
 
@@ -25,7 +25,7 @@ SCHEMA = 1
 _LARGEST = 2**20
 _IDENTITY = ("task", "entry", "seed", "steps", "data", "precision", "compile", "parent")
 _PARENT = {"folder", "plan", "step", "sha", "asked", "first"}
-_LATER = {"parent": None, "precision": None, "compile": False}
+_LATER = {"parent": None, "precision": None, "compile": False, "tokens": None}
 """What older files have not, and what that means; it is not written where it is so."""
 
 
@@ -37,6 +37,7 @@ class Plan:
     None for a task that no other process can find. Of data in memory, `data` has the SHA-256. `parent`, of a
     branch: folder, SHA-256 of the plan, step and SHA-256 of the checkpoint that it goes on from, what was
     `asked`, and name and SHA-256 of its own `first` checkpoint. `precision`, `compile`: see Arithmetic.
+    `tokens`: of a sample, where the task says so.
     """
 
     task: str
@@ -53,6 +54,7 @@ class Plan:
     parent: Mapping[str, Any] | None = None
     precision: str | None = None
     compile: bool = False
+    tokens: int | None = None
 
     @classmethod
     def of(
@@ -68,7 +70,7 @@ class Plan:
         for name, every in (("valid_every", valid_every), ("save_every", save_every)):
             if every is not None and (type(every) is not int or every < 1):
                 raise BadInput(f"{name} must be a whole number of updates from 1, got {every!r}.")
-        steps = recipe.run_steps(steps_per_epoch(size(task.train), recipe.batch_size))
+        steps = recipe.run_steps(**measures(task, recipe.batch_size))
         return cls(
             task=task.name or "training",
             entry=task.entry.data() if task.entry else None,
@@ -80,6 +82,7 @@ class Plan:
             valid_every=valid_every or max(steps // 20, 1),
             save_every=save_every,
             versions=_versions(),
+            tokens=task.tokens,
             **arithmetic.data(),
         )
 
@@ -175,6 +178,11 @@ class Plan:
             if self.entry is None:
                 raise BadInput(f"only the program that made the task {self.task!r} has it: give it as task=.")
             task = reopen(Entry.from_data(self.entry), allow_code_change)
+        if self.tokens not in (None, task.tokens):  # lengths in tokens would be others
+            raise BadInput(
+                f"a sample of {self.task} had {self.tokens} tokens when the run began, and the task now says "
+                f"{task.tokens}: go on with tokens={self.tokens}."
+            )
         if not allow_code_change and (now := about_data(task)) != self.data:
             part = next(part for part in self.data if self.data[part] != now[part])
             raise BadInput(

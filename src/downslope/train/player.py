@@ -6,7 +6,7 @@ The usual task has one player, called "", and its part is the whole model.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -75,14 +75,24 @@ class Side:
         self._guarded = guest(f"The loss of {name or task.name or 'the task'}")
         self.skips = 0
         self.scaler: torch.amp.GradScaler | None = None
-        # Schedules count a player's own updates, each of which takes `every` batches of the data.
-        mine = recipe.players.get(name, recipe)
-        mine = replace(mine, batch_size=recipe.batch_size * self.every, strategies=recipe.strategies)
-        self.optimizer = mine.build(
-            self.part,
-            steps=max(1, steps // self.every),
-            steps_per_epoch=cast("int", Fraction(steps_per_epoch, self.every)),
-        )
+        self.tokens = task.tokens
+        mine = replace(recipe.players.get(name, recipe), strategies=recipe.strategies)
+        mine, measures = self._own(mine, steps, steps_per_epoch)
+        self.optimizer = mine.build(self.part, **measures)
+
+    def rates(self, recipe: Recipe, steps: int, steps_per_epoch: int) -> dict[str, Any]:
+        """What the durations of its part of a recipe need, by its own updates."""
+        mine, measures = self._own(recipe, steps, steps_per_epoch)
+        return dict(mine.rates(**measures))
+
+    def _own(self, recipe: Recipe, steps: int, steps_per_epoch: int) -> tuple[Recipe, dict[str, int | None]]:
+        """Schedules count a player's own updates, each of which takes `every` batches of the data."""
+        measures = {
+            "steps": max(1, steps // self.every),
+            "steps_per_epoch": cast("int", Fraction(steps_per_epoch, self.every)),
+            "tokens_per_sample": self.tokens,
+        }
+        return replace(recipe, batch_size=recipe.batch_size * self.every), measures
 
     @property
     def part_name(self) -> str:

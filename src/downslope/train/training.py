@@ -27,7 +27,7 @@ from downslope.train import checkpoint
 from downslope.train.checkpoint import Folder
 from downslope.train.culprit import began
 from downslope.train.history import history
-from downslope.train.order import steps_per_epoch
+from downslope.train.order import measures, steps_per_epoch
 from downslope.train.plan import Plan
 from downslope.train.player import Move, Side, sides
 from downslope.train.precision import Arithmetic, uncompiled
@@ -117,8 +117,9 @@ class Training:
         check_shared(task, self.recipe, ranks)
         self.samples = size(task.train)
         self.steps_per_epoch = steps_per_epoch(self.samples, self.recipe.batch_size)
-        self.steps = self.recipe.run_steps(self.steps_per_epoch)
-        self.pace = self.recipe.pace(self.steps_per_epoch)
+        self.measures = measures(task, self.recipe.batch_size)
+        self.steps = self.recipe.run_steps(**self.measures)
+        self.pace = self.recipe.pace(**self.measures)
         if (most := self.pace.most(self.steps)) > self.steps_per_epoch:
             raise BadInput(
                 f"[growth] an update would take {most} batches, and a pass over the data has "
@@ -149,7 +150,7 @@ class Training:
         self.reader = Reader(self.task, self.seed, self.recipe.batch_size, device)
         training = Setting(
             model=self.model,
-            rates=self.recipe.rates(self.steps_per_epoch, self.steps),
+            rates=self.recipe.rates(steps=self.steps, **self.measures),
             batches=self.reader.first,
             samples=self.reader.everything,
             classes=classes(self.task.train),
@@ -175,8 +176,8 @@ class Training:
         self._compute(device)
         self._observes = 0
         if self.company.reacts or any(side.optimizer.reacts for side in self.sides):
-            batches = {"steps_per_epoch": self.steps_per_epoch, "batch_size": self.recipe.batch_size}
-            self._observes = max(1, in_steps(self.recipe.observe, "observe", **batches))
+            batch = self.recipe.per_batch(**self.measures)
+            self._observes = max(1, in_steps(self.recipe.observe, "observe", **batch))
 
     def _compute(self, device: torch.device) -> None:
         """Let losses and metrics be computed as they are to be."""
