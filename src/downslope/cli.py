@@ -203,9 +203,7 @@ def resume(
     out: Annotated[
         Path | None, typer.Option(help="Go on by another plan, as a run of its own in this folder.")
     ] = None,
-    steps: Annotated[
-        str | None, typer.Option(help='The whole length: 2000, "30 epochs" or "2e6 tokens".')
-    ] = None,
+    steps: Annotated[str | None, typer.Option(help='Whole length: 2000, "30 epochs", "2e6 tokens".')] = None,
     rate: Annotated[float | None, typer.Option(help="Peak of the learning rate.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Items per update.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="Other numbers for the same rules, in TOML.")] = None,

@@ -40,6 +40,9 @@ REST = "rest"
 NEVER = "never"
 """The date, in a plan, of what stays frozen throughout."""
 
+MOST_NAMES = 5
+"""How many names a sentence lists."""
+
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _MATRICES = (nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 _CONTAINERS = (nn.ModuleList, nn.Sequential)
@@ -433,6 +436,16 @@ def _blocks(modules: Mapping[str, nn.Module]) -> list[str]:
 
 def _is_built(module: nn.Module) -> bool:
     return any(True for _ in module.children()) and any(True for _ in module.parameters())
+
+
+def named(names: Sequence[str]) -> str:
+    """The first of many names, as text.
+
+    >>> named(["a", "b", "c", "d", "e", "f"])
+    'a, b, c, d, e and 1 more'
+    """
+    left = len(names) - MOST_NAMES
+    return ", ".join(names[:MOST_NAMES]) + (f" and {left} more" if left > 0 else "")
 
 
 def _named(model: nn.Module, patterns: Sequence[str]) -> list[str]:

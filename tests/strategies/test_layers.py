@@ -1,6 +1,7 @@
 """Choices by layer: rates, freezing, first weights, normalisation, dropout, depth."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -118,6 +119,64 @@ def test_what_is_frozen_keeps_its_bits_and_starts_adam_anew(
 
     state.advance(on_step=look)
     assert state.step == STEPS
+
+
+def thaws(state: Training, until: int | None = None) -> list[tuple[int, str, str]]:
+    """What is told, by step, up to an update."""
+    told: list[Any] = []
+    state.advance(until, lambda attempt: told.extend(attempt.told))  # type: ignore[func-returns-value]
+    assert all((note["by"], note["did"]) == ("freeze", "thaw") for note in told)
+    return [(note["step"], note["why"], note["facts"]["parameters"]) for note in told]
+
+
+LOW = "low.weight, low.bias"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "told"),
+    [
+        (st.freeze(every="4 steps"), [(4, "every = 4", LOW)]),
+        (
+            st.freeze(until={"low.bias": 3, "low.*": "50 %", "high.bias": "never"}),
+            [(3, "its date", "low.bias"), (6, "its date", "low.weight")],
+        ),
+        (st.freeze(until={"bias": 2}), [(2, "its date", "low.bias, high.bias")]),
+        (st.freeze(until={"low.*": 0, "high.bias": "100 %"}), []),  # from the start, and when all is over
+    ],
+    ids=["gradual", "dates", "role", "neither"],
+)
+def test_a_thaw_is_told_once_whether_updates_were_skipped_or_the_run_went_on_there(
+    strategy: st.freeze, told: list[tuple[int, str, str]], tmp_path: Path
+) -> None:
+    calls = [0]
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        """Not finite just behind the dates 3 and 4."""
+        calls[0] += model.training
+        return ds.cross_entropy(model, batch) * (torch.nan if calls[0] in (4, 5, 7, 8) else 1.0)
+
+    recipe = problem.recipe(strategy, steps=STEPS)
+    assert thaws(Training(problem.plain(loss=loss, metric=ds.accuracy), recipe)) == told
+    for at in range(1, STEPS) if strategy.every else ():
+        stopped = Training(problem.plain(), recipe)
+        before = thaws(stopped, at)
+        stopped.save(tmp_path / f"{at}")
+        assert before + thaws(Training.load(tmp_path / f"{at}", problem.plain(), recipe)) == told
+
+
+def test_a_thaw_is_in_the_journal_and_on_the_page(tmp_path: Path) -> None:
+    recipe = problem.recipe(st.freeze(every="4 steps", blocks=("stem", "blocks", "head")), steps=STEPS)
+    run = ds.train(problem.residual(), recipe, out=tmp_path, quiet=True)
+    told = [event for event in run.events if event["kind"] == "strategy"]
+    assert [(event["step"], event["facts"]["parameters"].split(",")[0]) for event in told] == [
+        (4, "blocks.0.branch.0.weight"),
+        (8, "stem.weight"),
+    ]
+    assert told[0]["facts"]["parameters"].endswith("blocks.1.branch.0.weight and 3 more")
+    page = ds.report(tmp_path).read_text("utf-8")
+    assert "[freeze] began to train, 2 times" in page  # the mark
+    assert "every = 4: parameters blocks.0.branch.0.weight, " in page  # the row
+    assert "stem.weight, stem.bias" in page
 
 
 # First weights

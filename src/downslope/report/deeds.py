@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
 
+from downslope.groups import MOST_NAMES, named
 from downslope.report import events as ev
 from downslope.report.plot import Moments
 from downslope.report.text import listing, number, plural
@@ -15,7 +16,6 @@ from downslope.strategies import STRATEGIES
 
 MOST_ROWS = 40
 MOST_KINDS = 8  # of marks: beyond, nobody could tell them apart
-MOST_NAMES = 5
 GUARD = "guard"
 GROWN = ("growth", "grow")
 
@@ -41,16 +41,6 @@ def _skipped(skip: ev.Skip) -> ev.Deed:
     facts: dict[str, float | str] = {"in": named(skip.names)} if skip.names else {}
     facts |= {"begun by": skip.culprit} if skip.culprit else {}
     return ev.Deed(step=skip.step, by=GUARD, did="skip", why="a gradient was not finite", facts=facts)
-
-
-def named(names: Sequence[str]) -> str:
-    """The first of many names.
-
-    >>> named(["a", "b", "c", "d", "e", "f"])
-    'a, b, c, d, e and 1 more'
-    """
-    left = len(names) - MOST_NAMES
-    return ", ".join(names[:MOST_NAMES]) + (f" and {left} more" if left > 0 else "")
 
 
 def moments(found: Sequence[ev.Deed], steps: Sequence[ev.Step]) -> list[Moments]:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from downslope.errors import BadInput
 from downslope.folder import read_file
+from downslope.groups import named
 from downslope.journal import Event
 from downslope.report import events as ev
 from downslope.report.curves import SMOOTH, quantities
-from downslope.report.deeds import happened, moments, named, table
+from downslope.report.deeds import happened, moments, table
 from downslope.report.plot import Moments, Quantity, Series, Track, panel, panels
 from downslope.report.text import clip, duration, listing, number, plural, redact
 from downslope.report.view import Curves, Fact, Legend, Metric, Page, Recipe, Schedule

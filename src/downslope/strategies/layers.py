@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
 from downslope import init, norm
 from downslope.augment import set_dropout, stochastic_depth
 from downslope.errors import BadInput, nearest, under
-from downslope.groups import NEVER, Frozen, discriminative, gradual_unfreeze, layer_decay
+from downslope.groups import NEVER, Frozen, discriminative, gradual_unfreeze, layer_decay, named
 from downslope.groups import freeze as frozen
 from downslope.init import METHODS
 from downslope.schedule import Duration, Schedule, duration
@@ -69,6 +69,8 @@ class freeze(Strategy):
     Not for: a model that you wrapped by DDP or FSDP2.
     """
 
+    deeds: ClassVar[Mapping[str, str]] = {"thaw": "began to train"}
+
     until: Mapping[str, Any] = field(default_factory=dict)
     every: Duration | None = None
     blocks: tuple[str, ...] | None = None
@@ -92,11 +94,11 @@ class freeze(Strategy):
 
     def begin(self, training: Setting) -> Live:
         """The thaw."""
+        model, rates = training.model, training.rates
         if self.every is None:
-            return _Thaw(frozen(training.model, self.until, **training.rates), training.model)
-        return _Thaw(
-            gradual_unfreeze(training.model, self.every, self.blocks, **training.rates), training.model
-        )
+            return _Thaw(frozen(model, self.until, **rates), training, "its date")
+        plan = gradual_unfreeze(model, self.every, self.blocks, **rates)
+        return _Thaw(plan, training, f"every = {self.every}")
 
 
 def _date(pattern: str, date: object) -> None:
@@ -108,11 +110,18 @@ def _date(pattern: str, date: object) -> None:
 
 
 class _Thaw(Live):
-    def __init__(self, plan: Frozen, model: nn.Module) -> None:
-        self.plan, self.model = plan, model
+    def __init__(self, plan: Frozen, training: Setting, why: str) -> None:
+        self.plan, self.model, self.why = plan, training.model, why
+        self.steps = training.rates["run_steps"]
 
     def before(self, step: int) -> None:
         self.plan.apply(self.model, step)
+
+    def applied(self, step: int) -> None:
+        # By the plan: a model that goes on from a checkpoint has not yet been told what was frozen.
+        thawed = [name for name, until in self.plan.until.items() if until == step]
+        if thawed and step != self.steps:
+            self.tell(step, "thaw", self.why, parameters=named(thawed))
 
 
 @dataclass(frozen=True, kw_only=True)
