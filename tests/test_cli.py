@@ -175,7 +175,9 @@ def test_show_prints_formula_source_and_numbers(name: str, capfd: pytest.Capture
 @pytest.mark.parametrize("name", KINDS)
 def test_show_prints_a_schedule_with_its_values(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["show", name]) == 0
-    assert name in capfd.readouterr().out
+    page = capfd.readouterr().out
+    assert name in page
+    assert "Not for: " in " ".join(page.split())
     assert run(["show", name, "--json"]) == 0
     data = json.loads(capfd.readouterr().out)
     assert data["example"]["data"]["schedule"] == name

@@ -38,7 +38,8 @@ def branch(
     """`trunk` up to the update `start`, then to `end` over `cooldown` updates, by a `shape` as wsd has it.
 
     For: cooling a training down from any checkpoint of its trunk, to what budget is left. It starts from the
-    level that the trunk has there, also where the trunk reacts. Source: arXiv:2405.18392.
+    level that the trunk has there, also where the trunk reacts. Source: arXiv:2405.18392. Not for: a trunk
+    that has come down by itself, such as a cosine near its end: there is nothing left to cool.
 
     >>> from downslope.schedule import constant
     >>> [branch(constant(1.0), start=3, cooldown=2)(i) for i in range(6)]
@@ -58,7 +59,9 @@ def _sequence(i: int, seen: Seen, parts: tuple[Schedule, ...], at: tuple[int, ..
 def sequence(parts: Sequence[Schedule], at: Sequence[Duration]) -> Schedule:
     """One schedule after another: from each update in `at` on the next, which counts its own steps from 0.
 
-    A part that reacts sees what is observed from its start on. torch: SequentialLR(milestones=at).
+    A part that reacts sees what is observed from its start on. torch: SequentialLR(milestones=at). Not for:
+    a warmup alone, which the kinds have of their own; parts whose values differ where they meet, unless the
+    jump is meant.
 
     >>> from downslope.schedule import constant, linear
     >>> [sequence([constant(5.0), linear(1.0, steps=2)], at=[2])(i) for i in range(5)]
@@ -82,7 +85,8 @@ def _sum_bounds(of: Schedule) -> Bounds:
 def sum(parts: Sequence[Schedule]) -> Schedule:
     """The sum of schedules that run side by side from step 0; written `a + b`. A number counts as a constant.
 
-    For: a floor under cycles, a rise on top of a decay. torch has none.
+    For: a floor under cycles, a rise on top of a decay. torch has none. Not for: a floor under a decay that
+    ends at 0, for which it has `end`: a sum lifts the peak as well.
 
     >>> from downslope.schedule import constant, linear
     >>> (constant(1.0) + linear(0.5, steps=2) + 0.25)(1)
@@ -113,7 +117,8 @@ def product(parts: Sequence[Schedule]) -> Schedule:
     """The product of schedules that run side by side from step 0; written `a * b`. Give all but one of them
     levels around 1. A plain number scales instead: `2 * a`.
 
-    torch: ChainedScheduler, for schedulers that multiply.
+    torch: ChainedScheduler, for schedulers that multiply. For: a warmup or stairs on top of another course.
+    Not for: two decays, each made for the whole run: their product is steeper than either.
 
     >>> from downslope.schedule import linear, step
     >>> (linear(1.0, steps=2) * step(1.0, every=1, factor=0.5))(1)
@@ -148,7 +153,8 @@ def _clamp_scaled(of: Schedule, factor: float) -> dict[str, Any]:
 def clamp(part: Schedule, low: float | None = None, high: float | None = None) -> Schedule:
     """`part`, held at or above `low` and at or below `high`; written `part.clamp(low, high)`.
 
-    For: a floor under a decay that has no end of its own. torch has none.
+    For: a floor under a decay that has no end of its own. torch has none. Not for: a decay with an `end`: it
+    would stand still at the floor for the rest of its length, where `end` spends that on the way.
 
     >>> from downslope.schedule import step
     >>> [clamp(step(1.0, every=1, factor=0.5), low=0.2)(i) for i in range(4)]

@@ -14,7 +14,8 @@ from downslope.schedule.schedule import Schedule, in_order, kind, make
 def constant(peak: float, warmup: Duration = 0) -> Schedule:
     """`peak` throughout.
 
-    torch: ConstantLR(factor=1). For: short runs, trunks of a cooldown, schedule-free rules.
+    torch: ConstantLR(factor=1). For: short runs, trunks of a cooldown, schedule-free rules. Not for: the end
+    of a run by noisy gradients, whose weights keep moving about the minimum; cool down, or average them.
 
     >>> [constant(1.0, warmup=3)(i) for i in range(5)]
     [0.25, 0.5, 0.75, 1.0, 1.0]
@@ -26,7 +27,8 @@ def constant(peak: float, warmup: Duration = 0) -> Schedule:
 def linear(peak: float, steps: Duration, end: float = 0.0, warmup: Duration = 0) -> Schedule:
     """A straight line from `peak` to `end`.
 
-    torch: LinearLR(start_factor=1, end_factor=end/peak, total_iters=steps).
+    torch: LinearLR(start_factor=1, end_factor=end/peak, total_iters=steps). For: a known budget. Not for: a
+    length that is open: cut short it stops at a high rate, and behind `steps` it stays at `end`; see wsd.
 
     >>> [linear(1.0, steps=4)(i) for i in range(6)]
     [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
@@ -38,7 +40,8 @@ def linear(peak: float, steps: Duration, end: float = 0.0, warmup: Duration = 0)
 def step(peak: float, every: Duration, factor: float = 0.1, warmup: Duration = 0) -> Schedule:
     """Stairs: times `factor` at each `every`-th update, counted from the end of the warmup.
 
-    torch: StepLR(step_size=every, gamma=factor).
+    torch: StepLR(step_size=every, gamma=factor). For: reproducing older work. Not for: new work, where a
+    smooth way needs no choice of stairs; it never arrives at 0.
 
     >>> [step(1.0, every=2, factor=0.5)(i) for i in range(5)]
     [1.0, 1.0, 0.5, 0.5, 0.25]
@@ -50,7 +53,9 @@ def step(peak: float, every: Duration, factor: float = 0.1, warmup: Duration = 0
 def multistep(peak: float, at: Sequence[Duration], factor: float = 0.1, warmup: Duration = 0) -> Schedule:
     """Stairs of unequal length: times `factor` at each update of `at`; at one that stands there twice, twice.
 
-    torch: MultiStepLR(milestones=at, gamma=factor). `at` counts from the first update, warmup included.
+    torch: MultiStepLR(milestones=at, gamma=factor). `at` counts from the first update, warmup included. For:
+    reproducing older work, sizes of a batch ([growth]). Not for: another length than that for which `at` was
+    found, unless it is in %.
 
     >>> [multistep(1.0, at=(1, 4), factor=0.5)(i) for i in range(6)]
     [1.0, 0.5, 0.5, 0.5, 0.25, 0.25]
@@ -62,7 +67,8 @@ def multistep(peak: float, at: Sequence[Duration], factor: float = 0.1, warmup: 
 def exponential(peak: float, every: Duration, factor: float = 0.5, warmup: Duration = 0) -> Schedule:
     """Times `factor` in each `every` updates, smoothly: a half-life.
 
-    torch: ExponentialLR(gamma=factor^(1/every)); it multiplies update by update, and drifts.
+    torch: ExponentialLR(gamma=factor^(1/every)); it multiplies update by update, and drifts. For: numbers
+    that change by a ratio. Not for: a known budget, at whose end it never arrives.
 
     >>> [exponential(1.0, every=2, factor=0.25)(i) for i in range(5)]
     [1.0, 0.5, 0.25, 0.125, 0.0625]
@@ -83,7 +89,8 @@ def polynomial(
     """end + (peak - end)·(1 - i/steps)^power: a line where `power` is 1, below it above 1.
 
     torch: PolynomialLR(total_iters=steps, power), whose end is 0. Source: the "poly" policy of
-    arXiv:1606.00915, with its power.
+    arXiv:1606.00915, with its power. For: a known budget. Not for: open lengths; a power that nobody chose,
+    where linear says the same without one.
 
     >>> [polynomial(1.0, steps=4, power=2)(i) for i in range(6)]
     [1.0, 0.5625, 0.25, 0.0625, 0.0, 0.0]
@@ -123,7 +130,8 @@ def cosine(peak: float, steps: Duration, end: float = 0.0, warmup: Duration = 0)
     """Half a cosine from `peak` to `end`.
 
     torch: CosineAnnealingLR(T_max=steps, eta_min=end), which climbs again behind T_max. Source: SGDR without
-    restarts, arXiv:1608.03983, eq. 5.
+    restarts, arXiv:1608.03983, eq. 5. For: a known budget. Not for: a run that is cut short or goes on, nor
+    comparing at half of it: half a cosine is not the cosine of half the length.
 
     >>> [round(cosine(1.0, steps=4)(i), 4) for i in range(6)]
     [1.0, 0.8536, 0.5, 0.1464, 0.0, 0.0]
@@ -148,7 +156,8 @@ def wsd(
 
     As good as a cosine of the same length, and its trunk can be cooled at any time. `shape` of the way down:
     linear, cosine, sqrt (1 - √x, the best in the source), or exponential (arXiv:2404.06395), which needs an
-    end other than 0. Source: arXiv:2405.18392. torch has none.
+    end other than 0. Source: arXiv:2405.18392. torch has none. Not for: judging a run on its trunk, whose
+    loss falls late, in the cooldown; runs whose cooldown is a handful of updates.
 
     >>> [wsd(1.0, steps=5, cooldown=2)(i) for i in range(6)]
     [1.0, 1.0, 1.0, 1.0, 0.5, 0.0]
