@@ -198,9 +198,23 @@ CASES = {
         lambda: task(loss=forward),
     ),
     "batchnorm": Case(task=lambda: task(model=Normed), near=None),
+    "batchnorm, pieces": Case(
+        lambda: recipe(strategies={"micro": S.micro(items=7)}), lambda: task(model=Normed), near=None
+    ),  # 7 and 6 of 13: of each, 3 ranks have 2 items at least
 }
+
+
+def thirds() -> ds.Recipe:
+    """Pieces of 3, 3, 3, 2 and 2 items of 13: one item for a rank of several, but not for one process."""
+    return recipe(strategies={"micro": S.micro(items=3)})
+
+
 REFUSED = {
-    "switch": lambda: recipe(strategies={"switch": S.switch(at=4, to=ds.sgd(lr=0.1), guard=2)}),
+    "switch": lambda ranks: Training(
+        task(), recipe(strategies={"switch": S.switch(at=4, to=ds.sgd(lr=0.1), guard=2)}), ranks=ranks[True]
+    ),
+    "one item": lambda ranks: Training(task(model=Normed), thirds(), ranks=ranks[False]),
+    "one item, sharded": lambda ranks: Training(task(model=Normed), thirds(), ranks=ranks[True]),
 }
 
 
@@ -274,7 +288,7 @@ def as_rank(rank: int, size: int, port: int, folder: Path) -> None:
         for name, shard in labels(size):
             notes[f"{name} {shard}"] = tried(lambda n=name, s=shard: found(n, ranks[s], folder))  # type: ignore[misc]
         for name, make in REFUSED.items():
-            notes[name] = tried(lambda m=make: Training(task(), m(), ranks=ranks[True]))  # type: ignore[misc]
+            notes[name] = tried(lambda m=make: m(ranks))  # type: ignore[misc]
         notes["drifting"] = tried(lambda: drifted(ranks[False]))
         for source in ("adamw-1-False", "adamw-2-True", "adamw-2-False"):
             notes[f"resized {source}"] = tried(
@@ -319,6 +333,7 @@ if __name__ == "__main__":
     training.trained = teacher  # type: ignore[attr-defined]
     warnings.simplefilter("ignore")
     alone = {name: tried(lambda n=name: found(n, None, place)) for name in CASES}  # type: ignore[misc]
+    alone["one item"] = tried(lambda: Training(task(model=Normed), thirds()).advance())
     (place / "1-0.json").write_text(json.dumps(alone))
     ends = {size: forked(size, place) for size in SIZES}
     (place / "ends.json").write_text(json.dumps(ends))

@@ -93,6 +93,19 @@ def test_what_cannot_be_shared_is_refused_with_the_reason(notes: Any) -> None:
         )
 
 
+@pytest.mark.parametrize("size", ranks.SIZES)
+@pytest.mark.parametrize("how", ["one item", "one item, sharded"])
+def test_a_piece_that_leaves_a_rank_one_item_for_batchnorm_is_refused(
+    notes: Any, size: int, how: str
+) -> None:
+    assert notes[1][0]["one item"] is None, "it goes in one process"
+    for rank in notes[size]:
+        assert rank[how]["refused"] == (
+            f"[micro] items = 3 leaves one of {size} ranks a piece of one item, of which the model's "
+            "BatchNorm cannot take a variance: take more items, or [normalisation]."
+        )
+
+
 def test_ranks_that_drift_apart_are_told(notes: Any) -> None:
     for rank in (*notes[2], *notes[3]):
         assert "do not hold the same weights any more" in rank["drifting"]["refused"]

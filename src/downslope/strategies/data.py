@@ -114,7 +114,8 @@ class micro(Strategy):
     They are as few as may be, of nearly one size. Each counts by its share of the items, and clip, decay and
     step come once a batch: but for BatchNorm, which sees pieces, and random numbers, nothing changes except
     memory. Not for: losses that compare items of a batch with each other; means over tokens some of which do
-    not count; pieces of one item where BatchNorm finds one value per channel, which is refused.
+    not count; pieces of one item where BatchNorm finds one value per channel, which is refused. Several ranks
+    share each piece.
     """
 
     items: int
@@ -131,8 +132,8 @@ class micro(Strategy):
         if any(isinstance(module, _BatchNorm) for module in training.model.modules()):
             for batch in training.batches(1):
                 *_, (least, _) = pieces.parts(batch)
-                if length(least) == 1:
-                    self._try(least, training)
+                if length(least) < 2 * training.world:  # the least that a rank takes of it is one item
+                    self._try(sliced(least, slice(0, 1)), training)
         return pieces
 
     def _try(self, piece: Batch, training: Setting) -> None:
@@ -140,11 +141,12 @@ class micro(Strategy):
         with untouched(training.model), torch.no_grad():
             training.model.train()
             try:
-                training.loss(training.model, piece)
+                training.of(training.loss, piece)
             except Exception as error:  # whatever else it raises, it does in the training, as the task's own
                 if "more than 1 value per channel" in str(error):
+                    of = f"one of {training.world} ranks " * (training.world > 1)
                     raise BadInput(
-                        f"[micro] items = {self.items} leaves a piece of one item, of which the model's "
+                        f"[micro] items = {self.items} leaves {of}a piece of one item, of which the model's "
                         "BatchNorm cannot take a variance: take more items, or [normalisation]."
                     ) from None
 

@@ -32,9 +32,9 @@ class Setting:
 
     `rates`: what durations need, in updates (see `ds.Recipe.rates`). `batches(n)`: the first n of the
     training's batches; `samples()`: all samples once, in batches. `better`: whether of two metrics the higher
-    is better. `teacher(folder)`: the trained model of a finished run. `objective`: see `of`. Where live parts
-    are told of anything: `strategies`, all of the recipe's; `parts(batch)`: a batch as they change and cut
-    it, in pieces with their shares.
+    is better. `teacher(folder)`: the trained model of a finished run. `objective`: see `of`. `world`: the
+    ranks that share every piece of a batch. Where live parts are told of anything: `strategies`, all of the
+    recipe's; `parts(batch)`: a batch as they change and cut it, in pieces with their shares.
     """
 
     model: nn.Module
@@ -50,6 +50,7 @@ class Setting:
     strategies: Mapping[str, Strategy] = field(default_factory=dict)
     parts: Callable[[Batch], Iterable[tuple[Batch, float]]] = lambda batch: [(batch, 1.0)]
     objective: Callable[[Callable[[nn.Module, Any], Any], Any], Any] | None = None
+    world: int = 1
 
     def of(self, function: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
         """A function of the model and a batch, also where the model lies in parts on several ranks."""

@@ -158,6 +158,7 @@ class Training:
             seed=self.seed,
             loss=self.arithmetic.plain(self.task.loss),
             teacher=trained,
+            world=self.ranks.world,
         )
         if fresh:
             for strategy in strategies.values():
