@@ -14,6 +14,7 @@ from downslope import strategies as st
 from downslope.errors import BadInput
 from downslope.train import Attempt, Diverged, Training
 from downslope.train.culprit import culprit
+from downslope.train.order import order
 
 WEIGHTS = torch.tensor([[1.0, -2.0, 0.5, 3.0]])
 
@@ -67,6 +68,25 @@ def test_corrupt_batches_are_left_out(corrupt: float) -> None:
         plain = Training(task(corrupt), recipe())
         plain.advance()
         assert not plain.evaluate().loss < 1
+
+
+@pytest.mark.parametrize("strategies", [[], [st.spikes(ladder=("skip",))]])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_batch_that_is_left_out_leaves_no_trace_in_running_statistics(bad: float, strategies: Any) -> None:
+    """torch's BatchNorm is never finite again after one such batch, and so is no validation."""
+    normed = replace(task(), model=lambda: nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 1)))
+    x, _ = normed.train
+    x[order(320, 0, 0)[5 * 8 + 3]] = bad  # in the sixth batch
+    training = Training(normed, recipe(*strategies, steps=12))
+    attempts(training)
+    assert training.batches == 13
+    means = [x[order(320, 0, 0)[8 * k : 8 * k + 8]].mean(dim=0) for k in range(13) if k != 5]
+    expected = torch.zeros(4)
+    for mean in means:
+        expected = 0.9 * expected + 0.1 * mean
+    torch.testing.assert_close(training.model[0].running_mean, expected)  # type: ignore[index]
+    assert training.model[0].num_batches_tracked == 12  # type: ignore[index]
+    assert math.isfinite(training.evaluate().loss)
 
 
 def test_a_healthy_training_is_left_alone() -> None:

@@ -37,7 +37,7 @@ from downslope.train.rescue import Rescue
 from downslope.train.shared import check_shared, key, shares
 from downslope.train.state import Snapshot, TrainState
 from downslope.train.surroundings import Surroundings, kept
-from downslope.train.weights import at_rest, classes, moved
+from downslope.train.weights import Buffers, at_rest, classes, moved
 
 T = TypeVar("T")
 
@@ -138,6 +138,7 @@ class Training:
                 )
             self._begin(fresh)
         self.rescue = Rescue(self.model, self.company, self.sides)
+        self._buffers = Buffers(self.model)
         self.state = TrainState(self.model, strategies=self.company, ranks=ranks, **self._parts())
 
     def _begin(self, fresh: bool) -> None:
@@ -396,8 +397,7 @@ class Training:
         ]
         self._draw(1 + self.ranks.rank)
         self.rescue.keep(step)
-        admits = self.company.admits if self.company.judges else None
-        moves = {side.name: side.move(pieces, admits) for side in self.sides if side.due(step)}
+        moves = {side.name: self._move(side, pieces) for side in self.sides if side.due(step)}
         self.ranks.follow(self.model.buffers())
         self.batches += count
         self._draw(0)
@@ -418,6 +418,14 @@ class Training:
             self.step = self.rescue.step(step)
         told = self.company.tidings()
         return attempt._replace(told=told) if told else attempt
+
+    def _move(self, side: Side, pieces: list[tuple[Batch, float]]) -> Move:
+        """One player's turn; if it makes no update, the batch leaves no trace in running statistics."""
+        self._buffers.keep()
+        move = side.move(pieces, self.company.admits if self.company.judges else None)
+        if not move.applied:
+            self._buffers.put_back()
+        return move
 
     def _culprit(self, moves: Mapping[str, Move], pieces: list[tuple[Batch, float]]) -> str:
         """What made a loss or its gradients not finite, of the first update in a row, on a single rank."""

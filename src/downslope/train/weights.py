@@ -1,4 +1,4 @@
-"""A model's weights and the data beside them: at rest, on a device, compared, and those of a finished run."""
+"""A model's weights and the data beside them: at rest, kept, on a device; and the classes of targets."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +24,33 @@ def at_rest(model: nn.Module) -> Iterator[None]:
         for buffer, before in buffers:
             if not torch.equal(buffer, before):
                 buffer.copy_(before)
+
+
+class Buffers:
+    """What a model keeps beside its weights, such as running statistics, as it was before an update that is
+    then not made: a batch that is left out must leave nothing behind, least of all a NaN.
+
+    Costs a copy of every buffer at each `keep`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = list(model.modules())
+        self._kept: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+
+    def keep(self) -> None:
+        """Keep all buffers as they are."""
+        self._kept = [
+            (module, name, buffer, buffer.clone())
+            for module in self._modules
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+
+    def put_back(self) -> None:
+        """Let them be the tensors that they were, with the values of then."""
+        with torch.no_grad():
+            for module, name, buffer, before in self._kept:
+                module._buffers[name] = buffer.copy_(before)
 
 
 def moved(batch: Any, device: torch.device) -> Any:
