@@ -112,8 +112,7 @@ class Training:
         compile: bool = False,
     ) -> None:
         self.task, self.recipe, self.seed = task, recipe or task.recipe, seed
-        self.arithmetic = Arithmetic(precision, compile)
-        self.ranks = ranks
+        self.arithmetic, self.ranks = Arithmetic(precision, compile), ranks
         check_shared(task, self.recipe, ranks)
         self.samples = size(task.train)
         self.steps_per_epoch = steps_per_epoch(self.samples, self.recipe.batch_size)
